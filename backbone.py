@@ -1,0 +1,122 @@
+"""The frozen CLIP: found by name or file, checked, loaded.
+
+    model, fingerprint = load_clip("ViT-B/16", "cpu")     # OpenAI's, fetched once and checked
+    model, fingerprint = load_clip("my/clip.pt", "cuda")  # a TorchScript archive or a state dict
+
+`clip.load` does most of this, but stumbles over plain state dicts on current PyTorch and rounds
+fp32 weights to fp16 on the way; here they stay what they were.
+"""
+
+import difflib
+import hashlib
+import pickle
+import urllib.error
+import warnings
+from pathlib import Path
+from zipfile import ZipFile, is_zipfile
+
+import clip
+import torch
+from clip.model import build_model
+
+TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip.pt"  # the embedded world's, see shapes.py
+CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, and the way out.
+
+    The commands print it and exit with status 2; everything else that goes wrong is a bug and
+    keeps its traceback.
+    """
+
+
+def nearest(word, words):
+    """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def load_clip(name, device):
+    """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...) or from a file, frozen, in fp32.
+
+    A file may be a TorchScript archive as OpenAI ships it, a plain state dict, or a state dict
+    with the embeddings of some tokens only (`token_ids` names their rows; the other rows become
+    NaN, so that an unknown word can be noticed and can never pass for a known one).
+
+    Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
+    stands for this CLIP in feature caches and checkpoints.
+    Raises BadInput for an unknown name, a file that is no CLIP, or a failed download.
+    """
+    path = _fetch(name) if name in clip.available_models() else Path(name)
+    if not path.is_file():
+        hint = nearest(str(name), clip.available_models())
+        raise BadInput(
+            f"no CLIP file {path}, and no OpenAI model of that name{hint};"
+            f" the names are {', '.join(clip.available_models())}"
+        )
+    state = _read_state(path)
+    try:
+        if "token_ids" in state:
+            ids, rows = state.pop("token_ids"), state["token_embedding.weight"].float()
+            table = torch.full((49408, rows.shape[1]), torch.nan)  # 49,408: CLIP's vocabulary
+            table[ids] = rows
+            state["token_embedding.weight"] = table
+        model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
+        weights = {k: v.float() for k, v in state.items() if k in model.state_dict()}
+        model.load_state_dict(weights)  # ... put the exact values back
+    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].contiguous().numpy())
+    return model.requires_grad_(False).to(device), digest.hexdigest()
+
+
+def read_torch_file(path, what):
+    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
+    try:
+        # Every torch.save since 1.6 is a zip file; on anything else the unpickler may stumble in
+        # any way at all.
+        content = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else 0
+    except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+        raise BadInput(f"{path} is not a {what}: it is damaged or of another kind") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a {what}")
+    return content
+
+
+def _read_state(path):
+    """The state dict in a TorchScript archive or in a file of `torch.save`."""
+    if not (
+        is_zipfile(path) and "constants.pkl" in {Path(n).name for n in ZipFile(path).namelist()}
+    ):
+        return read_torch_file(path, "CLIP checkpoint")
+    with warnings.catch_warnings():  # TorchScript is deprecated, but it is what OpenAI ships
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        except RuntimeError as error:
+            raise BadInput(f"{path} is a damaged TorchScript archive") from error
+
+
+def _fetch(name):
+    """The path of OpenAI's archive, downloaded if it is absent or damaged."""
+    url = clip.clip._MODELS[name]  # .../<sha256>/<file>
+    path, sha256 = CLIP_CACHE / Path(url).name, url.split("/")[-2]
+    if path.is_file():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+        print(f"{path} is damaged (its SHA-256 is not {sha256[:8]}...): fetching it again")
+    print(f"fetching CLIP {name} from {url}")
+    try:
+        CLIP_CACHE.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # renames last
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise BadInput(
+            f"cannot fetch CLIP {name} from {url} ({error}); put that file at {path}"
+            " or name another with --clip FILE"
+        ) from error
+    return path

@@ -1,0 +1,39 @@
+"""The three losses. total = image + gate_weight * gate + text_weight * text   (1 and 5).
+
+Letters in shapes: B images, C classes, G prompts, D feature width.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def image_loss(logits, labels):
+    """Cross-entropy of the mixture's class logits (B, C) with the labels (B,)."""
+    return F.cross_entropy(logits, labels)
+
+
+def gate_loss(gate_logits, target):
+    """Cross-entropy of the router's logits with the soft target of `router.gate_target`.
+
+    All G logits take part, not the top K alone: a prompt that is never chosen must still be able
+    to learn that it should be. gate_logits (B, G), target (B, G) with rows summing to 1.
+    """
+    return F.cross_entropy(gate_logits, target)
+
+
+def text_loss(text_features, prototypes, scale=1.0):
+    """Keeps each soft prompt near its own group's hard prompts, class by class.
+
+    Within each group, soft prompt c should be most like the prototype of class c among all
+    classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups and
+    classes. `scale` is 1 as in the published code, which makes this a soft pull on all classes
+    (no pair is ever far enough apart to be "done"); LASP, where the idea comes from, uses CLIP's
+    100.
+
+    When training sees base classes only, C is still *all* class names: names cost no images, and
+    this is what keeps the new classes in place. text_features and prototypes (G, C, D).
+    """
+    logits = scale * text_features @ prototypes.transpose(1, 2)  # (G, C soft, C hard)
+    n_prompts, n_classes, _ = logits.shape
+    labels = torch.arange(n_classes, device=logits.device).repeat(n_prompts)
+    return F.cross_entropy(logits.flatten(0, 1), labels)

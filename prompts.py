@@ -1,0 +1,317 @@
+"""Templates and groups, hard prototypes, soft prompts, and the text encoder that reads them.
+
+A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
+the same thing about an image ("a low resolution photo of", "a pixelated photo of") form a *group*.
+Each group gets
+
+- one *hard prototype* a class: the mean text feature of its templates, computed once, and
+- one *soft prompt*: its first template, whose words, all but the class name, become vectors that
+  training may move.
+
+Letters in shapes: G groups = soft prompts, T templates, C classes, L tokens, W width of the text
+encoder, D width of the joint embedding.
+"""
+
+from itertools import chain
+
+import clip
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from backbone import BadInput
+
+# ---------------------------------------------------------------------------------- templates
+# The published groups (arXiv 2409.12011 and its code). The first template of a group starts its
+# soft prompt.
+
+PHOTO = ["a photo of a {}."]
+MANY = ["a photo of many {}."]
+LARGE = ["a photo of the large {}.", "a photo of a large {}."]
+SMALL = ["a photo of the small {}.", "a photo of a small {}."]
+GOOD = ["a good photo of the {}.", "a good photo of a {}."]
+LOW_RESOLUTION = [
+    "a low resolution photo of the {}.",
+    "a low resolution photo of a {}.",
+    "a pixelated photo of the {}.",
+    "a pixelated photo of a {}.",
+]
+FLOWER = ["a photo of a {}, a type of flower."]
+AIRCRAFT = ["a photo of a {}, a type of aircraft."]
+ACTION = ["a photo of a person doing {}."]
+SATELLITE = ["a centered satellite photo of {}."]
+TEXTURE = ["{} texture."]
+VIDEO_GAME = ["a {} in a video game."]
+MY_PHOTO = ["itap of a {}.", "itap of the {}."]  # "I took a picture"
+ART = ["art of the {}.", "a rendering of a {}.", "a rendering of the {}."]
+ORIGAMI = ["a origami {}."]
+HARD_TO_SEE = ["a photo of the hard to see {}."]
+GENERAL = [PHOTO, MANY, LOW_RESOLUTION, GOOD]  # SUN397's, and those of a folder of one's own
+
+IMAGENET_VARIANT = [
+    *(FLOWER, ACTION, SATELLITE, AIRCRAFT, MY_PHOTO, LARGE, ART),
+    *(["a photo of the small {}."], PHOTO, MANY),
+    ["a low resolution photo of the {}.", "a pixelated photo of a {}."],
+    *(GOOD, VIDEO_GAME, HARD_TO_SEE, ORIGAMI, TEXTURE),
+]
+IMAGENET = [
+    *IMAGENET_VARIANT[:10],
+    [
+        *LOW_RESOLUTION,
+        "a jpeg corrupted photo of the {}.",
+        "a blurry photo of a {}.",
+        "a bad photo of the {}.",
+    ],
+    ["a cropped photo of the {}.", "a cropped photo of a {}."],
+    ["a bright photo of the {}."],
+    GOOD,
+    ["a close-up photo of the {}."],
+    ["a photo of the clean {}."],
+    *(VIDEO_GAME, HARD_TO_SEE, ORIGAMI, TEXTURE),
+]
+
+TEMPLATE_GROUPS = {
+    "caltech101": [TEXTURE, *GENERAL],
+    "dtd": [TEXTURE, *GENERAL],
+    "eurosat": [SATELLITE, PHOTO, LARGE, SMALL, LOW_RESOLUTION, GOOD],
+    "fgvc_aircraft": [AIRCRAFT, *GENERAL],
+    "food101": [
+        ["a photo of a  {}."],  # two spaces as published; the tokenizer reads one
+        ["a photo of the delicious {}.", "a photo of the tasty {}.", "A dish of the {}."],
+        *(LOW_RESOLUTION, GOOD),
+    ],
+    "imagenet": IMAGENET,
+    "imagenet_a": IMAGENET_VARIANT,
+    "imagenet_r": IMAGENET_VARIANT,
+    "imagenet_sketch": IMAGENET_VARIANT,
+    "imagenetv2": IMAGENET_VARIANT,
+    "oxford_flowers": [FLOWER, *GENERAL],
+    "oxford_pets": [SMALL[:1], LARGE, *GENERAL],
+    "stanford_cars": [
+        [
+            "A photo of the high-performance {}.",
+            "A photo of the modern {}.",
+            "A photo of the fast {}.",
+        ],
+        *GENERAL,
+    ],
+    "sun397": GENERAL,
+    "ucf101": [ACTION, VIDEO_GAME, *GENERAL],
+    # The embedded world: one group a style, in the order of shapes.STYLES.
+    "shapes": [
+        ["a photo of a {}.", "a good photo of a {}.", "a good photo of the {}."],
+        ["a photo of a large {}.", "a photo of the large {}."],
+        ["a photo of a small {}.", "a photo of the small {}."],
+        ["a photo of many {}."],
+        ["a sketch of a {}.", "a sketch of the {}.", "a drawing of a {}.", "a drawing of the {}."],
+        LOW_RESOLUTION,
+        ["a blurry photo of a {}.", "a blurry photo of the {}."],
+        ["a dark photo of a {}.", "a dark photo of the {}."],
+    ],
+}
+
+# What `zero-shot` means: one template a dataset, CoOp's.
+ZERO_SHOT_TEMPLATES = {
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "oxford_flowers": "a photo of a {}, a type of flower.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "dtd": "{} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "food101": "a photo of {}, a type of food.",
+    "ucf101": "a photo of a person doing {}.",
+}
+
+
+def template_groups(dataset):
+    """The published groups of a dataset; for `shapes*` its own, for anything else the general."""
+    name = "shapes" if dataset.startswith("shapes") else dataset
+    return TEMPLATE_GROUPS.get(name, GENERAL)
+
+
+def zero_shot_template(dataset):
+    return ZERO_SHOT_TEMPLATES.get(dataset, "a photo of a {}.")
+
+
+# ------------------------------------------------------------------------------- text encoder
+
+
+def _block(block, x):
+    """One of clip's residual attention blocks on (N, L, W), for any L and causal.
+
+    The same arithmetic as `clip.model.ResidualAttentionBlock`, whose mask fits 77 tokens only.
+    """
+    attention = block.attn
+    n, length, width = x.shape
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N, heads, L, W / heads)
+    x = x + attention.out_proj(mixed.transpose(1, 2).reshape(n, length, width))
+    return x + block.mlp(block.ln_2(x))
+
+
+def encode_text(model, embeddings, eot):
+    """CLIP's text encoder, from token embeddings to features.
+
+    It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
+    batch can change the result, and those positions are not computed: 13 of 77 for a photo of
+    most things.
+
+    model: a `clip.model.CLIP`. embeddings: (N, L, W), L at most the model's context length.
+    eot: (N,) position of EOT in each row. Returns (N, D), not normalised.
+    """
+    length = int(eot.max()) + 1
+    x = embeddings[:, :length] + model.positional_embedding[:length]
+    for block in model.transformer.resblocks:
+        x = _block(block, x)
+    x = x[torch.arange(len(x), device=x.device), eot]  # (N, W)
+    return model.ln_final(x) @ model.text_projection
+
+
+# ----------------------------------------------------------------------------- hard templates
+
+SOS, EOT = 49406, 49407  # CLIP's start and end of text
+
+
+def token_ids(text):
+    """CLIP's tokens of a piece of text, without SOS and EOT. Tokens, not words: `close-up` is 3."""
+    row = clip.tokenize(text, context_length=512, truncate=True)[0]
+    return row[1 : row.argmax()].tolist()
+
+
+def check_template(template):
+    """The template; raises BadInput unless it has one place for the class name."""
+    if template.count("{}") != 1:
+        raise BadInput(f"the template {template!r} needs one {{}} where the class name goes")
+    return template
+
+
+def _check_length(model, length, text):
+    if length > model.context_length:
+        raise BadInput(
+            f"{text!r} is {length} tokens long, and this CLIP reads {model.context_length}:"
+            " shorten the class name or the template"
+        )
+
+
+def _check_words(known, ids, text):
+    """Raises BadInput, naming the word, if a token of `text` has no embedding."""
+    if not known[ids].all():
+        unknown = next(word for word in text.split() if not known[token_ids(word)].all())
+        raise BadInput(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
+
+
+def _known_tokens(model):
+    """Which tokens have an embedding: (vocabulary,) bool. All of them, but for the bundled CLIP."""
+    return ~model.token_embedding.weight.isnan().any(dim=1)
+
+
+@torch.no_grad()
+def template_features(model, templates, class_names, rows_at_once=1024):
+    """Every template with every class name, as CLIP reads it: (T, C, D), normalised.
+
+    Each sentence ends in exactly one full stop, whether the template brings it or not.
+    Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
+    """
+    known = _known_tokens(model)
+    device = model.positional_embedding.device
+    tokens = []
+    for template in templates:
+        sentence = check_template(template).strip().rstrip(".") + "."
+        for name in class_names:
+            text = sentence.replace("{}", name)
+            tokens.append(torch.tensor([SOS, *token_ids(text), EOT]))
+            _check_length(model, len(tokens[-1]), text)
+            _check_words(known, tokens[-1], text)
+    features = []
+    for start in range(0, len(tokens), rows_at_once):
+        chunk = tokens[start : start + rows_at_once]
+        eot = torch.tensor([len(ids) - 1 for ids in chunk], device=device)
+        ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=EOT).to(device)
+        features.append(encode_text(model, model.token_embedding(ids), eot))
+    features = F.normalize(torch.cat(features).float(), dim=-1)
+    return features.view(len(templates), len(class_names), -1)
+
+
+def hard_prototypes(features, groups):
+    """The mean of each group's templates, normalised again (DESIGN: p[g, c]).
+
+    features: (T, C, D) from `template_features` of all templates of `groups`, in order.
+    groups: lists of templates. Returns (G, C, D).
+    """
+    split = features.split([len(group) for group in groups])
+    return F.normalize(torch.stack([f.mean(dim=0) for f in split]), dim=-1)
+
+
+# ------------------------------------------------------------------------------- soft prompts
+
+
+class SoftPrompts(nn.Module):
+    """One learnable prompt a template: its words become vectors, the class name stays itself.
+
+        "a photo of a {}, a type of flower."
+         v v     v  v name v v   v    v          v: a context vector, shared by all classes
+
+    SOS, the name's tokens and EOT stay frozen. The full stop is dropped. The parameters know
+    nothing of the classes: `set_classes` lays the prompts out for any names, also for classes
+    that training never saw.
+    """
+
+    def __init__(self, model, templates):
+        """model: a `clip.model.CLIP`. templates: one string a prompt, each with one {}.
+
+        Raises BadInput for a template without {} or with a word that has no embedding.
+        """
+        super().__init__()
+        self.templates = list(templates)
+        known = _known_tokens(model)
+        self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
+        for template in self.templates:
+            before, after = check_template(template).strip().rstrip(".").split("{}")
+            for text, contexts in ((before, self.context_before), (after, self.context_after)):
+                ids = torch.tensor(token_ids(text), dtype=torch.long)
+                _check_words(known, ids, text)
+                vectors = model.token_embedding.weight[ids].detach().float().clone()
+                contexts.append(nn.Parameter(vectors))  # (number of tokens, W), maybe none
+
+    def set_classes(self, model, class_names):
+        """Lays out every prompt with every class name.
+
+        All vectors that occur stand in one table: first the frozen ones, then each prompt's
+        context. A prompt is then a row of indices into that table, and laying out G x C prompts
+        is one look-up, differentiable in the context.
+
+        Raises BadInput for a name that makes a prompt too long or has no embedding.
+        """
+        known = _known_tokens(model)
+        names = [token_ids(name) for name in class_names]
+        for text, name in zip(class_names, names):
+            _check_words(known, name, text)
+        frozen_ids = [SOS, EOT, *sorted({i for name in names for i in name})]
+        row_of = {token: row for row, token in enumerate(frozen_ids)}
+        prompts, next_row = [], len(frozen_ids)
+        for template, before, after in zip(self.templates, self.context_before, self.context_after):
+            first, middle = next_row, next_row + len(before)
+            next_row = middle + len(after)
+            for text, name in zip(class_names, names):
+                name_rows = [row_of[token] for token in name]
+                prompt = [0, *range(first, middle), *name_rows, *range(middle, next_row), 1]
+                _check_length(model, len(prompt), template.replace("{}", text))
+                prompts.append(torch.tensor(prompt))
+        self.shape = len(self.templates), len(class_names)
+        device = model.positional_embedding.device
+        self.frozen = model.token_embedding.weight[frozen_ids].float()
+        self.eot = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        self.index = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (G C, L)
+
+    def text_features(self, model, bias=None):
+        """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
+
+        bias: None or (1, D), one vector added to all features before normalising (LASP's
+        correction).
+        """
+        table = torch.cat([self.frozen, *chain(*zip(self.context_before, self.context_after))])
+        embeddings = F.embedding(self.index, table)  # (G C, L, W)
+        features = encode_text(model, embeddings, self.eot).float()
+        if bias is not None:
+            features = features + bias
+        return F.normalize(features, dim=-1).view(*self.shape, -1)
