@@ -10,6 +10,7 @@ fp32 weights to fp16 on the way; here they stay what they were.
 import difflib
 import hashlib
 import pickle
+import sys
 import urllib.error
 import warnings
 from pathlib import Path
@@ -37,8 +38,20 @@ def nearest(word, words):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def command(run):
+    """Runs a command line: bad input ends it with one line and exit status 2."""
+    try:
+        run()
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
 def load_clip(name, device):
-    """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...) or from a file, frozen, in fp32.
+    """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
     A file may be a TorchScript archive as OpenAI ships it, a plain state dict, or a state dict
     with the embeddings of some tokens only (`token_ids` names their rows; the other rows become
@@ -48,12 +61,14 @@ def load_clip(name, device):
     stands for this CLIP in feature caches and checkpoints.
     Raises BadInput for an unknown name, a file that is no CLIP, or a failed download.
     """
-    path = _fetch(name) if name in clip.available_models() else Path(name)
+    names = ["bundled", *clip.available_models()]
+    path = TINY_CLIP if name == "bundled" else Path(name)
+    if name in clip.available_models():
+        path = _fetch(name)
     if not path.is_file():
-        hint = nearest(str(name), clip.available_models())
+        hint = nearest(str(name), names)
         raise BadInput(
-            f"no CLIP file {path}, and no OpenAI model of that name{hint};"
-            f" the names are {', '.join(clip.available_models())}"
+            f"no CLIP file {path}, and no CLIP of that name{hint}; names are {', '.join(names)}"
         )
     state = _read_state(path)
     try:

@@ -13,6 +13,7 @@ encoder, D width of the joint embedding.
 """
 
 from itertools import chain
+from pathlib import Path
 
 import clip
 import torch
@@ -128,6 +129,38 @@ def template_groups(dataset):
     return TEMPLATE_GROUPS.get(name, GENERAL)
 
 
+def read_groups(file):
+    """Template groups of one's own: one template a line, a blank line between groups.
+
+    Raises BadInput if the file cannot be read, is empty, or has a template without {}.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the template groups in {file}: {error}") from error
+    groups = [[]]
+    for line in map(str.strip, lines):
+        if line:
+            groups[-1].append(check_template(line))
+        else:
+            groups.append([])
+    groups = [group for group in groups if group]
+    if not groups:
+        raise BadInput(f"{file} holds no template")
+    firsts = [group[0] for group in groups]
+    for template in firsts:  # a prompt goes by the template it started from
+        if firsts.count(template) > 1:
+            raise BadInput(f"{file}: two groups start with {template!r}")
+    return groups
+
+
+def check_template(template):
+    """The template; raises BadInput unless it has one place for the class name."""
+    if template.count("{}") != 1:
+        raise BadInput(f"the template {template!r} needs one {{}} where the class name goes")
+    return template
+
+
 def zero_shot_template(dataset):
     return ZERO_SHOT_TEMPLATES.get(dataset, "a photo of a {}.")
 
@@ -176,13 +209,6 @@ def token_ids(text):
     """CLIP's tokens of a piece of text, without SOS and EOT. Tokens, not words: `close-up` is 3."""
     row = clip.tokenize(text, context_length=512, truncate=True)[0]
     return row[1 : row.argmax()].tolist()
-
-
-def check_template(template):
-    """The template; raises BadInput unless it has one place for the class name."""
-    if template.count("{}") != 1:
-        raise BadInput(f"the template {template!r} needs one {{}} where the class name goes")
-    return template
 
 
 def _check_length(model, length, text):

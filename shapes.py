@@ -19,6 +19,7 @@ the world is the same everywhere, and none of it lies on disk.
 
 import argparse
 import colorsys
+import hashlib
 import math
 import multiprocessing
 import random
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from prompts import TEMPLATE_GROUPS, encode_text
 
 ASSETS = Path(__file__).parent / "assets"
+SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # names this way to draw
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE = 32  # pixels a side of a finished image
@@ -100,7 +102,6 @@ COLOURS = {
 }
 
 STYLES = ("photo", "large", "small", "many", "sketch", "pixelated", "blurry", "dark")
-SHAPES_R_STYLES = ("chalk", "hatched", "mosaic", "cutout")
 
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]  # 160, the CLIP's world
 # The 20 downstream classes: one draw, made before any method was run. Sorted as labels.
@@ -217,6 +218,47 @@ def draw(colour, shape, style, seed, dataset=None):
     elif style == "blurry":
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1.8, 2.6)))
     return image
+
+
+# ---------------------------------------------------------------------------------- datasets
+
+# name -> its styles; all but `shapes` are test sets only
+DATASETS = {
+    "shapes": STYLES,
+    "shapes_v2": STYLES,
+    "shapes_sketch": ("dashed",),
+    "shapes_a": STYLES,
+    "shapes_r": ("chalk", "hatched", "mosaic", "cutout"),
+}
+PER_CLASS = {"train": 64, "val": 24, "test": 120}  # shared equally by the styles
+
+
+def split(dataset):
+    """{"train" | "val" | "test": [(path, label), ...]} of a downstream dataset.
+
+    A path, `test/red circle/sketch/003`, says all there is to know of an image.
+    """
+    styles = DATASETS[dataset]
+    return {
+        part: [
+            (f"{part}/{name}/{style}/{i:03d}", label)
+            for label, name in enumerate(DOWNSTREAM)
+            for style in styles
+            for i in range(n // len(styles))
+            if part == "test" or dataset == "shapes"
+        ]
+        for part, n in PER_CLASS.items()
+    }
+
+
+def draw_path(dataset, path):
+    """The image at a path of `split(dataset)`."""
+    part, name, style, i = path.split("/")
+    return draw(*name.split(), style, f"{part}/{i}", dataset)
+
+
+def style_of(path):
+    return path.split("/")[2]
 
 
 # -------------------------------------------------------------------------- training its CLIP

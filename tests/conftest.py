@@ -1,0 +1,87 @@
+"""Things that several tests need: tiny CLIPs, a EuroSAT folder with drawn images, one command."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from clip.model import CLIP
+from PIL import Image
+
+import data
+import train
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's feature cache, or reaches the network."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def random_clip():
+    """A CLIP of random weights with CLIP's whole vocabulary: 2 layers, 64 wide, 32-pixel images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).float()
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def random_clip_file(random_clip, tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "random.pt"
+    torch.save(random_clip.state_dict(), path)
+    return path
+
+
+def draw_image(path, seed):
+    """A small JPEG of a few coloured boxes."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (64, 64))
+    for _ in range(4):
+        corner = rng.randrange(48), rng.randrange(48)
+        image.paste(tuple(rng.choices(range(256), k=3)), (*corner, corner[0] + 16, corner[1] + 16))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.fixture(scope="session")
+def eurosat(tmp_path_factory):
+    """A data root with EuroSAT in the field's layout: real names, a shortened split (8 train, 5
+    val and 3 test images a class), drawn images."""
+    root = tmp_path_factory.mktemp("data")
+    real = json.loads(gzip.decompress((HERE / "eurosat_train_val.json.gz").read_bytes()))
+    split = {"train": [], "val": [], "test": []}
+    for label in range(10):
+        train_items = [entry for entry in real["train"] if entry[1] == label]
+        split["train"] += train_items[:8]
+        split["val"] += [entry for entry in real["val"] if entry[1] == label][:5]
+        split["test"] += train_items[8:11]
+    for part in split.values():
+        random.Random(0).shuffle(part)
+        for path, _, _ in part:
+            draw_image(root / "eurosat/2750" / path, path)
+    (root / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    return root
+
+
+@pytest.fixture
+def run_train(tmp_path):
+    """Runs train.py in this process: `run_train("--shots 4 --out", path)` -> result.json."""
+
+    def run(flags="", *more):
+        args = [*flags.split(), *map(str, more)]
+        if "--out" not in args:
+            args += ["--out", str(tmp_path / "run")]
+        config, groups, folder, resume = train.resolve(train.make_parser().parse_args(args))
+        train.train(config, groups, folder, resume)
+        return json.loads((folder / "result.json").read_text())
+
+    return run

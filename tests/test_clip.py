@@ -1,0 +1,103 @@
+"""Loading a CLIP: every kind of file, and what is not one."""
+
+import warnings
+
+import pytest
+import torch
+from clip.model import CLIP
+
+import backbone
+from backbone import BadInput, load_clip
+
+
+def weights_equal(model, other):
+    pairs = zip(model.state_dict().items(), other.state_dict().items())
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_a_state_dict_in_fp32_keeps_every_bit(random_clip, random_clip_file):
+    model, _ = load_clip(random_clip_file, "cpu")
+    assert weights_equal(model, random_clip)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inputs = torch.zeros(1, 3, 32, 32), torch.ones(1, 77, dtype=torch.long)
+        archive = torch.jit.trace(random_clip, inputs, check_trace=False)
+        torch.jit.save(archive.half(), tmp_path / "archive.pt")
+        random_clip.float()  # the archive shares its tensors
+    model, fingerprint = load_clip(tmp_path / "archive.pt", "cpu")
+    assert model.text_projection.dtype == torch.float32
+    rounded = {k: v.half().float() for k, v in random_clip.state_dict().items()}
+    assert all(torch.equal(v, rounded[k]) for k, v in model.state_dict().items())
+    # The same weights in another kind of file are the same CLIP.
+    torch.save(rounded, tmp_path / "rounded.pt")
+    assert load_clip(tmp_path / "rounded.pt", "cpu")[1] == fingerprint
+
+
+def test_a_resnet_clip_loads_and_encodes(tmp_path):
+    resnet = CLIP(64, 64, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pt")
+    model, _ = load_clip(tmp_path / "resnet.pt", "cpu")
+    assert model.visual.input_resolution == 64
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.encode_image(images), resnet.eval().encode_image(images))
+
+
+def test_other_weights_have_another_fingerprint(random_clip, random_clip_file, tmp_path):
+    state = {k: v.clone() for k, v in random_clip.state_dict().items()}
+    state["ln_final.bias"][0] += 1e-3
+    torch.save(state, tmp_path / "other.pt")
+    assert load_clip(tmp_path / "other.pt", "cpu")[1] != load_clip(random_clip_file, "cpu")[1]
+
+
+def test_files_that_are_no_clip_are_refused_in_one_line(random_clip_file, tmp_path):
+    whole = random_clip_file.read_bytes()
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "linear.pt")
+    incomplete = torch.load(random_clip_file, weights_only=True)
+    del incomplete["visual.ln_pre.weight"]
+    torch.save(incomplete, tmp_path / "incomplete.pt")
+    for file in tmp_path.glob("*.pt"):
+        with pytest.raises(BadInput, match=f"{file.name} is not a CLIP checkpoint") as error:
+            load_clip(file, "cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_an_unknown_name_gets_the_nearest_one():
+    with pytest.raises(BadInput, match="did you mean 'ViT-B/16'"):
+        load_clip("ViT-B/61", "cpu")
+
+
+def test_without_network_an_openai_name_says_where_the_file_belongs(tmp_path, monkeypatch):
+    monkeypatch.setattr(backbone, "CLIP_CACHE", tmp_path)
+    with pytest.raises(BadInput, match="put that file at .*ViT-B-16.pt or name another"):
+        load_clip("ViT-B/16", "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_download_is_fetched_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(backbone, "CLIP_CACHE", tmp_path)
+    (tmp_path / "ViT-B-16.pt").write_bytes(b"half a download")
+    with pytest.raises(BadInput, match="cannot fetch"):
+        load_clip("ViT-B/16", "cpu")
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_the_bundled_clip_names_the_word_it_has_never_seen():
+    from prompts import SoftPrompts, template_features
+
+    model, _ = load_clip("bundled", "cpu")
+    with pytest.raises(BadInput, match="never seen the word 'painting'"):
+        template_features(model, ["a painting of a {}."], ["red circle"])
+    with pytest.raises(BadInput, match="never seen the word 'zebra'"):
+        template_features(model, ["a photo of a {}."], ["red zebra"])
+    prompts = SoftPrompts(model, ["a photo of a {}."])
+    with pytest.raises(BadInput, match="never seen the word 'zebra'"):
+        prompts.set_classes(model, ["red circle", "blue zebra"])

@@ -1,0 +1,368 @@
+"""Splits, few-shot samples, transforms and the feature cache."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import clip
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, draw_image
+from PIL import Image
+from torchvision.datasets.utils import calculate_md5
+
+import data
+from backbone import BadInput
+from data import Item, Split, few_shot, image_features, load_split, select_classes
+
+NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
+
+
+@pytest.fixture
+def own_eurosat(eurosat, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(eurosat, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def change_split(root, change):
+    file = root / "eurosat/split_zhou_EuroSAT.json"
+    split = json.loads(file.read_text())
+    change(split)
+    file.write_text(json.dumps(split))
+
+
+# ---------------------------------------------------------------------------------- the split
+
+
+def test_eurosat_loads_from_the_fields_layout(eurosat):
+    split = load_split("eurosat", eurosat)
+    assert (len(split.train), len(split.val), len(split.test)) == (80, 50, 30)
+    assert split.class_names[:4] == NAMES
+    assert split.source == "coop"
+    for item in split.train + split.val + split.test:
+        folder = {0: "AnnualCrop", 3: "Highway", 9: "SeaLake"}.get(item.label)
+        assert folder is None or item.path.startswith(f"2750/{folder}/{folder}_")
+
+
+def test_underscores_in_class_names_become_spaces(own_eurosat):
+    def underscore(split):
+        for part in split.values():
+            for entry in part:
+                entry[2] = entry[2].replace(" ", "_")
+
+    change_split(own_eurosat, underscore)
+    assert load_split("eurosat", own_eurosat).class_names[:4] == NAMES
+
+
+def test_an_unknown_dataset_gets_the_nearest_name(tmp_path):
+    with pytest.raises(BadInput, match="unknown dataset 'eurosta' .did you mean 'eurosat'"):
+        load_split("eurosta", tmp_path)
+
+
+def test_missing_images_are_counted_and_the_first_is_named(own_eurosat):
+    split = load_split("eurosat", own_eurosat)
+    for item in split.train[2:5]:
+        (own_eurosat / "eurosat" / item.path).unlink()
+    first = own_eurosat / "eurosat" / split.train[2].path
+    with pytest.raises(BadInput, match=f"3 of 160 images .* are missing, the first is {first}"):
+        load_split("eurosat", own_eurosat)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", '{"train": []}', '{"train": 1, "val": 2, "test": 3}']
+)
+def test_a_split_file_that_is_not_one_is_refused(own_eurosat, text):
+    (own_eurosat / "eurosat/split_zhou_EuroSAT.json").write_text(text)
+    with pytest.raises(BadInput, match="split_zhou_EuroSAT.json is not a split file"):
+        load_split("eurosat", own_eurosat)
+
+
+def test_labels_with_gaps_are_refused(own_eurosat):
+    def drop(split):
+        for part in split.values():
+            part[:] = [entry for entry in part if entry[1] != 4]
+
+    change_split(own_eurosat, drop)
+    with pytest.raises(BadInput, match="labels must run from 0 without gaps"):
+        load_split("eurosat", own_eurosat)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_without_images_is_named(own_eurosat, part):
+    def drop(split):
+        split[part] = [entry for entry in split[part] if entry[1] != 1]
+
+    change_split(own_eurosat, drop)
+    with pytest.raises(BadInput, match=f"the class 'Forest' has no image in {part}"):
+        load_split("eurosat", own_eurosat)
+
+
+def test_an_unreadable_image_is_named(own_eurosat, random_clip):
+    split = load_split("eurosat", own_eurosat)
+    path = own_eurosat / "eurosat" / split.test[0].path
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(BadInput, match=f"cannot read the image {path}"):
+        image_features(random_clip, "x", split, split.test)
+
+
+# ------------------------------------------------------------------------- few-shot, base, new
+
+
+def real_eurosat():
+    content = json.loads(gzip.decompress((HERE / "eurosat_train_val.json.gz").read_bytes()))
+    lists = {
+        part: [Item(f"2750/{path}", label) for path, label, _ in content[part]] for part in content
+    }
+    return Split("eurosat", Path("eurosat"), "coop", [str(i) for i in range(10)], **lists, test=[])
+
+
+@pytest.mark.parametrize("shots", [1, 4, 16])
+def test_few_shot_samples_are_the_fields_own_to_the_last_image(shots):
+    expected = json.loads((HERE / "eurosat_fewshot_seed1.json").read_text())[str(shots)]
+    sample = few_shot(real_eurosat(), shots, seed=1)
+    assert [list(item) for item in sample.train] == expected["train"]
+    assert [list(item) for item in sample.val] == expected["val"]
+
+
+def test_few_shot_images_are_drawn_before_the_cut_to_base_or_new():
+    split = real_eurosat()
+    base = select_classes(few_shot(split, 4, 1), "base")
+    new = select_classes(few_shot(split, 4, 1), "new")
+    together = few_shot(split, 4, 1).train
+    assert [i.path for i in base.train + new.train] == [i.path for i in together]
+    # Cut first, the new classes would be drawn from the start of the random stream.
+    cut_first = few_shot(select_classes(split, "new"), 4, 1)
+    assert [i.path for i in cut_first.train] != [i.path for i in new.train]
+
+
+def test_another_seed_draws_other_images():
+    split = real_eurosat()
+    assert few_shot(split, 4, 1).train != few_shot(split, 4, 2).train
+
+
+def test_base_is_the_first_half_rounded_up_and_both_count_from_0():
+    items = [Item(f"{label}.jpg", label) for label in (4, 2, 0, 1, 3)]
+    split = Split("d", None, "coop", list("abcde"), items, items, items)
+    base, new = select_classes(split, "base"), select_classes(split, "new")
+    assert base.class_names == ["a", "b", "c"] and new.class_names == ["d", "e"]
+    assert base.test == [Item("2.jpg", 2), Item("0.jpg", 0), Item("1.jpg", 1)]
+    assert new.test == [Item("4.jpg", 1), Item("3.jpg", 0)]
+    assert select_classes(split, "all") == split
+
+
+def test_a_class_with_fewer_images_than_shots_gives_all_and_says_so(capsys):
+    items = [Item(f"{label}/{i}.jpg", label) for label, n in ((0, 5), (1, 2)) for i in range(n)]
+    sample = few_shot(Split("d", None, "coop", ["cat", "dog"], items, [], items), 4, 1)
+    assert [i.label for i in sample.train] == [0, 0, 0, 0, 1, 1]
+    assert "1 classes have fewer than 4 images and give all (dog ...)" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- transforms
+
+
+def test_the_test_transform_is_clips_own():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
+    assert torch.equal(data.test_transform(32)(image), clip.clip._transform(32)(image))
+
+
+def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
+    split = load_split("eurosat", eurosat)
+    transform = data.train_transform(32)
+    path, other = split.train[0].path, split.train[1].path
+
+    def view(path, number):
+        torch.manual_seed(random.randrange(1000))  # whatever else the run drew
+        return data._Views(split, transform, [(path, number)])[0]
+
+    assert torch.equal(view(path, 3), view(path, 3))
+    assert not torch.equal(view(path, 3), view(path, 4))
+    assert not torch.equal(view(path, 3), view(other, 3))
+
+
+# --------------------------------------------------------------------------------- the cache
+
+
+def encode(model, split, items, capsys, views=None):
+    """(features, printed line)"""
+    features = image_features(model, "fingerprint", split, items, views)
+    return features, capsys.readouterr().out
+
+
+def test_features_are_clips_own_and_normalised(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    ours, _ = encode(random_clip, split, split.test, capsys)
+    preprocess = clip.clip._transform(32)
+    images = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
+    theirs = random_clip.encode_image(torch.stack(images))
+    theirs = theirs / theirs.norm(dim=-1, keepdim=True)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_image_is_encoded_once(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    first, said = encode(random_clip, split, split.test[:20], capsys)
+    assert "20, 0 features from the cache, 20 to encode" in said
+    again, said = encode(random_clip, split, split.test, capsys)
+    assert "30, 20 features from the cache, 10 to encode" in said
+    assert torch.equal(again[:20], first)
+
+
+def test_views_are_encoded_once_each_and_differ(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    first, said = encode(random_clip, split, split.train[:5], capsys, views=3)
+    assert first.shape == (5, 3, 64) and "15 to encode" in said
+    more, said = encode(random_clip, split, split.train[:5], capsys, views=4)
+    assert "15 features from the cache, 5 to encode" in said
+    assert torch.equal(more[:, :3], first)
+    assert not torch.allclose(first[:, 0], first[:, 1])
+
+
+def test_a_changed_image_is_encoded_again(own_eurosat, random_clip, capsys):
+    split = load_split("eurosat", own_eurosat)
+    before, _ = encode(random_clip, split, split.test, capsys)
+    draw_image(split.folder / split.test[0].path, seed="another drawing")
+    after, said = encode(random_clip, split, split.test, capsys)
+    assert "1 to encode" in said
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1:], before[1:])
+
+
+def test_another_clip_shares_nothing(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    encode(random_clip, split, split.test, capsys)
+    image_features(random_clip, "another fingerprint", split, split.test)
+    assert "30 to encode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, random_clip, capsys, damage):
+    split = load_split("eurosat", eurosat)
+    before, _ = encode(random_clip, split, split.test, capsys)
+    (shard,) = data.CACHE.rglob("*.npz")
+    content = bytearray(shard.read_bytes())
+    if damage == "cut":
+        content = content[:-300]
+    else:
+        content[len(content) // 2] ^= 1  # one bit
+    shard.write_bytes(content)
+    after, said = encode(random_clip, split, split.test, capsys)
+    assert "is damaged" in said and "30 to encode" in said
+    assert torch.equal(after, before)
+
+
+def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 8)
+    split = load_split("eurosat", eurosat)
+    calls = []
+
+    def encode_and_crash(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return random_clip.visual(images)
+
+    monkeypatch.setattr(data, "BATCH", 8)
+    monkeypatch.setattr(random_clip, "encode_image", encode_and_crash)
+    with pytest.raises(KeyboardInterrupt):
+        encode(random_clip, split, split.test, capsys)
+    monkeypatch.setattr(random_clip, "encode_image", random_clip.visual)
+    _, said = encode(random_clip, split, split.test, capsys)
+    assert "16 features from the cache, 14 to encode" in said
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, random_clip, capsys, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", Path(os.devnull) / "cache")
+    split = load_split("eurosat", eurosat)
+    features, said = encode(random_clip, split, split.test, capsys)
+    assert len(features) == 30 and "features are not cached" in said
+
+
+# ---------------------------------------------------------------------------------- fetching
+
+
+@pytest.fixture
+def server(eurosat, tmp_path):
+    """A local stand-in for the places that EuroSAT comes from: (folder it serves, address)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "EuroSAT.zip", "w") as archive:
+        for file in (eurosat / "eurosat/2750").rglob("*.jpg"):
+            archive.write(file, file.relative_to(eurosat / "eurosat"))
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def use_server(monkeypatch, folder, address, drive=None, counts=(80, 50, 30), md5=None):
+    """Points the table's row at the server, and Google Drive at `drive`, a function."""
+    md5 = md5 or calculate_md5(folder / "EuroSAT.zip")
+    row = data.DATASETS["eurosat"] | {"archive": (f"{address}/EuroSAT.zip", md5), "counts": counts}
+    monkeypatch.setitem(data.DATASETS, "eurosat", row)
+
+    def no_network(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "download_file_from_google_drive", drive or no_network)
+
+
+def test_eurosat_and_its_split_are_fetched_into_the_fields_layout(
+    eurosat, server, tmp_path, monkeypatch
+):
+    def drive(drive_id, folder, name):
+        assert drive_id == "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o"
+        shutil.copy(eurosat / "eurosat" / name, folder)
+
+    use_server(monkeypatch, *server, drive)
+    fetched = load_split("eurosat", tmp_path / "new")
+    assert fetched.source == "coop"
+    assert fetched.train == load_split("eurosat", eurosat).train
+    found = sorted(p.name for p in (tmp_path / "new/eurosat").iterdir())
+    assert found == ["2750", "split_zhou_EuroSAT.json"]  # nothing temporary is left
+
+
+def test_a_damaged_archive_is_never_half_used(server, tmp_path, monkeypatch):
+    use_server(monkeypatch, *server, md5="0" * 32)
+    with pytest.raises(BadInput, match="no images at .*2750, and fetching .*EuroSAT.zip failed"):
+        load_split("eurosat", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_split_with_wrong_counts_is_not_taken(eurosat, server, tmp_path, monkeypatch, capsys):
+    def drive(drive_id, folder, name):
+        shutil.copy(eurosat / "eurosat" / name, folder)
+
+    use_server(monkeypatch, *server, drive, counts=(13500, 5400, 8100))
+    assert load_split("eurosat", tmp_path / "new").source == "seeded"
+    assert "it lists (80, 50, 30) images" in capsys.readouterr().out
+
+
+def test_without_the_split_a_seeded_one_stands_in_and_says_so(
+    server, tmp_path, monkeypatch, capsys
+):
+    use_server(monkeypatch, *server)
+    split = load_split("eurosat", tmp_path / "new")
+    assert "NOT comparable" in capsys.readouterr().out
+    assert split.source == "seeded" and split.class_names[:4] == NAMES
+    # 16 images a class: round(0.5 x 16), round(0.2 x 16), the rest
+    assert (len(split.train), len(split.val), len(split.test)) == (80, 30, 50)
+    assert split == load_split("eurosat", tmp_path / "new")
+
+
+def test_without_network_and_files_one_line_says_what_to_do(tmp_path):
+    with pytest.raises(BadInput) as error:
+        load_split("eurosat", tmp_path / "new")
+    said = str(error.value)
+    assert "\n" not in said
+    assert str(tmp_path / "new/eurosat/2750") in said and "--data" in said and "https://" in said
+    assert not (tmp_path / "new").exists()

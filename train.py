@@ -1,0 +1,512 @@
+"""Train a mixture of prompts for CLIP (MoCoOp, arXiv 2409.12011).
+
+    python train.py                                  # the embedded world: no network, a minute
+    python train.py --dataset eurosat --shots 4      # fetches CLIP ViT-B/16 and EuroSAT if absent
+    python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
+    python train.py --resume ...                     # go on with the run that the flags name
+
+Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/, with
+`checkpoint.pt` (what was learned), `result.json` (what came out) and `router.png` (which prompt
+fires for what). The same flags give the same numbers, bit for bit on a CPU.
+
+Beside the published text this leaves out, by default, two things that the authors' code also
+trains: a bias on the text features (--text-bias) and the image encoder's LayerNorms.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import plots
+from backbone import BadInput, command, load_clip, read_torch_file
+from data import few_shot, image_features, load_split, select_classes
+from losses import gate_loss, image_loss, text_loss
+from prompts import (
+    SoftPrompts,
+    hard_prototypes,
+    read_groups,
+    template_features,
+    template_groups,
+    zero_shot_template,
+)
+from router import Router, gate_target, mixed_logits
+
+# A method is a row of defaults; flags on the command line win. The numbers are the authors'.
+METHODS = {
+    "mocoop": {
+        "groups": "published",
+        "top_k": 2,  # or all, if there are fewer
+        "gate_weight": 1.0,
+        "text_weight": 5.0,
+        "text_scale": 1.0,
+        "text_bias": False,
+        "epochs": 50,
+        "batch_size": 32,
+        "lr": 0.032,  # for a batch of 32; in proportion for others
+        "views": 8,
+    },
+}
+CLIP = {"shapes": "bundled"}  # by dataset
+DEFAULT_CLIP = "ViT-B/16"
+
+
+class MoCoOp(nn.Module):
+    """The mixture: soft prompts, a router over them, and maybe a bias on the text features.
+
+    Holds only what is learned; the frozen CLIP is passed in where it is needed.
+    """
+
+    def __init__(self, clip_model, groups, top_k, text_bias=False):
+        super().__init__()
+        width = clip_model.text_projection.shape[1]
+        self.prompts = SoftPrompts(clip_model, [group[0] for group in groups])
+        self.router = Router(width, len(groups), top_k)
+        self.text_bias = nn.Parameter(torch.zeros(1, width)) if text_bias else None
+        self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
+
+    def text_features(self, clip_model):
+        """(G, C, D) of the classes that `prompts.set_classes` was given last."""
+        return self.prompts.text_features(clip_model, self.text_bias)
+
+    def forward(self, image_features, text_features):
+        """(B, D), (G, C, D) -> class logits (B, C), gate logits (B, G), prompt weights (B, G)."""
+        gate_logits, weights = self.router(image_features)
+        logits = mixed_logits(image_features, text_features, weights, self.logit_scale)
+        return logits, gate_logits, weights
+
+
+# ---------------------------------------------------------------------------------- the flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage in front
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def positive(kind):
+    def parse(text):
+        number = kind(text)
+        if not (number > 0 and math.isfinite(number)):
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
+    return parse
+
+
+def make_parser():
+    row = METHODS["mocoop"]
+    parser = Parser(description=__doc__.split("\n")[0])
+
+    what = parser.add_argument_group("what to train on")
+    what.add_argument("--dataset", default="shapes", help="shapes, the embedded world")
+    what.add_argument("--data", default="data", help="the root of all datasets (default: data)")
+    what.add_argument("--shots", type=positive(int), default=16, help="images a class (16)")
+    what.add_argument("--classes", choices=("all", "base", "new"), default="all")
+    what.add_argument("--seed", type=int, default=1, help="of samples, start and order (1)")
+
+    how = parser.add_argument_group("the method")
+    how.add_argument("--method", choices=METHODS, default="mocoop", help="the preset of the rest")
+    how.add_argument(
+        "--clip",
+        help="OpenAI name, file, or `bundled` (ViT-B/16; bundled for shapes)",
+    )
+    how.add_argument(
+        "--groups", metavar="FILE", help="templates, one a line, a blank line between groups"
+    )
+    how.add_argument("--top-k", type=positive(int), help=f"prompts an image ({row['top_k']})")
+    for name, text in [
+        ("gate-weight", "of the gate loss"),
+        ("text-weight", "of the text loss"),
+        ("text-scale", "factor on the similarities in the text loss; LASP's is 100"),
+    ]:
+        default = row[name.replace("-", "_")]
+        how.add_argument(f"--{name}", type=float, help=f"{text} (default: {default:g})")
+    how.add_argument(
+        "--text-bias", action=argparse.BooleanOptionalAction, help="a learned bias on text features"
+    )
+
+    fit = parser.add_argument_group("training")
+    fit.add_argument("--epochs", type=positive(int), help=f"default: {row['epochs']}")
+    fit.add_argument("--batch-size", type=positive(int), help=f"default: {row['batch_size']}")
+    fit.add_argument("--lr", type=positive(float), help="default: 0.032 x batch size / 32")
+    fit.add_argument(
+        "--views", type=positive(int), help=f"augmented views an image ({row['views']})"
+    )
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    where.add_argument("--out", help="the run's folder (default: out/<dataset>/<run>)")
+    where.add_argument("--resume", action="store_true", help="go on where this run was stopped")
+    return parser
+
+
+def choose_device(name):
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"no device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolve(args):
+    """Flags and preset together: (config, groups, run folder, resume?).
+
+    config: every flag with its final value, a dictionary as it goes to `result.json`.
+    """
+    config = vars(args).copy()
+    resume = config.pop("resume")
+    published = (config["groups"] or METHODS[config["method"]]["groups"]) == "published"
+    groups = template_groups(config["dataset"]) if published else read_groups(config["groups"])
+    if config["top_k"] and config["top_k"] > len(groups):
+        raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
+    defaults = preset(config, len(groups))
+    config |= {flag: value for flag, value in defaults.items() if config[flag] is None}
+    if config["out"] is None:
+        label = method_label(config, len(groups))
+        run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
+        config["out"] = str(Path("out", config["dataset"], run))
+    return config, groups, Path(config["out"]), resume
+
+
+def preset(config, n_prompts):
+    """What the method's flags are if nobody sets them."""
+    row = METHODS[config["method"]]
+    return row | {
+        "clip": CLIP.get(config["dataset"], DEFAULT_CLIP),
+        "top_k": min(row["top_k"], n_prompts),
+        "lr": row["lr"] * (config["batch_size"] or row["batch_size"]) / 32,
+    }
+
+
+def method_label(config, n_prompts):
+    """The method with every flag that differs from its preset: `mocoop-top_k1`."""
+    changed = {k: config[k] for k, v in preset(config, n_prompts).items() if config[k] != v}
+    parts = [f"{k}{_slug(v)}" if v is not True else k for k, v in sorted(changed.items())]
+    return "-".join([config["method"], *parts])
+
+
+def _slug(value):
+    """A flag's value as part of a folder name."""
+    text = Path(value).stem if isinstance(value, str) and Path(value).is_file() else str(value)
+    return re.sub(r"[^\w.]+", "-", text)
+
+
+# --------------------------------------------------------------------------- files of one run
+
+RUN_FILES = re.compile(r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.*")
+ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
+
+
+def open_run(folder, config, resume):
+    """The state that a run in `folder` left behind to go on from, or None for a fresh start.
+
+    Raises BadInput if the folder holds the run of another configuration or other files, or
+    cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
+    """
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write in {parent}: name another --out")
+    files = [f.name for f in folder.iterdir()] if folder.exists() else []
+    strange = [name for name in files if not RUN_FILES.fullmatch(name)]
+    if strange:
+        raise BadInput(
+            f"{folder} holds a file that is not a run's, {strange[0]}: name another --out"
+        )
+    state, there, finished = None, config, "result.json" in files
+    if "resume.pt" in files:
+        state = read_torch_file(folder / "resume.pt", "state to resume from")
+        there = state.get("config", {})
+    elif finished:
+        there = read_result(folder / "result.json")["config"]
+    for flag in config:
+        if flag not in ELSEWHERE and there.get(flag) != config[flag]:
+            raise BadInput(
+                f"{folder} holds a run with {flag} {there.get(flag)} instead of {config[flag]}:"
+                " remove it or name another --out"
+            )
+    if not resume:
+        if finished:
+            print(f"{folder} holds this run already: it will be replaced")
+        return None
+    if state is None and finished:
+        print(f"the run in {folder} is finished: nothing to resume")
+        sys.exit(0)
+    print(f"resuming after epoch {state['epoch']}" if state else "nothing to resume: a fresh start")
+    return state
+
+
+def read_result(path):
+    """A `result.json` as a dictionary. Raises BadInput if it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["config"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not the result of a run: remove it") from error
+    return result
+
+
+def save_torch(content, path):
+    """`torch.save` under a temporary name, renamed when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def publish(folder, checkpoint, result, picture):
+    """Puts a finished run's files in place of whatever `folder` held, as one rename.
+
+    picture: a function that draws `router.png` to the path it is given.
+    """
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".finishing-"))
+    torch.save(checkpoint, scratch / "checkpoint.pt")
+    (scratch / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    picture(scratch / "router.png")
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    scratch.chmod(0o755)
+    scratch.rename(folder)
+    shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def percent(right):
+    return round(100 * right.float().mean().item(), 2)
+
+
+@torch.no_grad()
+def baselines(clip_model, split, groups, features):
+    """(zero-shot, ensemble) accuracy in percent: CLIP as it is, on the split's test images.
+
+    zero-shot: the dataset's one template. ensemble: all hard templates, features averaged.
+    features: (N, D) of `split.test`.
+    """
+    labels = torch.tensor([item.label for item in split.test], device=features.device)
+    templates = [template for group in groups for template in group]
+    answers = []
+    for some in ([zero_shot_template(split.dataset)], templates):
+        text = template_features(clip_model, some, split.class_names).mean(dim=0)
+        answers.append(percent((features @ F.normalize(text, dim=-1).T).argmax(dim=-1) == labels))
+    return answers
+
+
+@torch.no_grad()
+def measure(clip_model, model, split, items, features):
+    """The mixture on images: ({accuracy, per_class_accuracy, prompt_usage}, weights (N, G),
+    predicted labels (N,)).
+
+    items: from the split's lists, with features (N, D). The model's prompts take the split's
+    class names, whatever they had before.
+    """
+    model.prompts.set_classes(clip_model, split.class_names)
+    text_features = model.text_features(clip_model)
+    chunks = [model(f, text_features) for f in features.split(1024)]  # bounds (B, G, C)
+    answers = torch.cat([logits.argmax(dim=-1) for logits, _, _ in chunks]).cpu()
+    weights = torch.cat([w for _, _, w in chunks]).cpu()
+    labels = torch.tensor([item.label for item in items])
+    per_class = {
+        name: percent(answers[labels == c] == c) for c, name in enumerate(split.class_names)
+    }
+    usage = dict(zip(model.prompts.templates, weights.mean(dim=0).tolist()))
+    measured = {
+        "accuracy": percent(answers == labels),
+        "per_class_accuracy": per_class,
+        "prompt_usage": {template: round(share, 4) for template, share in usage.items()},
+    }
+    return measured, weights, answers
+
+
+def describe(config, split, model, n_train):
+    """The part of `result.json` that says what was run and on what."""
+    return {
+        "dataset": split.dataset,
+        "classes": config["classes"],
+        "shots": config["shots"],
+        "seed": config["seed"],
+        "method": config["method"],
+        "clip": config["clip"],
+        "n_prompts": len(model.prompts.templates),
+        "top_k": config["top_k"],
+        "n_classes": len(split.class_names),
+        "n_train": n_train,
+        "n_test": len(split.test),
+        "split": split.source,
+    }
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def learning_rate(epoch, epochs, lr):
+    """The rate of an epoch, counted from 0: a constant warm-up, then a cosine.
+
+    As in the field's scheduler the cosine starts after the warm-up but is stretched over all
+    epochs, so it is cut off before it reaches zero.
+    """
+    warm_up = min(5, round(epochs / 8))
+    if epoch < warm_up:
+        return 1e-5
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
+
+
+def fit(clip_model, model, config, features, labels, prototypes, trained, folder, state):
+    """Trains `model` in place; returns the seconds it took, over all resumed parts.
+
+    features: (N, views, D) of the training images, labels: (N,) counting the trained classes.
+    prototypes: (G, C, D) of all classes that the model's prompts are laid out for.
+    trained: the slice of those classes that has images; the image and gate loss see no other.
+    state: what `open_run` found to go on from, or None.
+    """
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=config["lr"], momentum=0.9, weight_decay=5e-4
+    )
+    mixed = torch.float16  # mixed precision on a GPU; bf16 needs no loss scaling
+    if features.is_cuda and torch.cuda.is_bf16_supported():
+        mixed = torch.bfloat16
+    scaler = torch.amp.GradScaler(enabled=features.is_cuda and mixed is torch.float16)
+    order_rng = torch.Generator().manual_seed(config["seed"])
+    first_epoch, seconds, n = 0, 0.0, len(labels)
+    if state:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        order_rng.set_state(state["order_rng"])
+        first_epoch, seconds = state["epoch"], state["seconds"]
+    n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
+    start = time.time()
+    bar = tqdm(total=config["epochs"] * n_batches, leave=False, disable=None, unit="step")
+    bar.update(first_epoch * n_batches)
+    for epoch in range(first_epoch, config["epochs"]):
+        lr = learning_rate(epoch, config["epochs"], config["lr"])
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        order = torch.randperm(n, generator=order_rng)
+        views = torch.randint(features.shape[1], (n,), generator=order_rng)
+        sums, usage = torch.zeros(4), torch.zeros(len(prototypes))
+        for batch in order.split(config["batch_size"])[:n_batches]:
+            f, y = features[batch, views[batch]], labels[batch]  # (B, D), (B,)
+            with torch.autocast("cuda", mixed, enabled=features.is_cuda):
+                text_features = model.text_features(clip_model)  # once, for both losses
+            logits, gate_logits, weights = model(f, text_features[:, trained])
+            target = gate_target(f, prototypes[:, trained], y, config["top_k"])
+            image, gate = image_loss(logits, y), gate_loss(gate_logits, target)
+            text = text_loss(text_features, prototypes, config["text_scale"])
+            total = image + config["gate_weight"] * gate + config["text_weight"] * text
+
+            optimiser.zero_grad()
+            scaler.scale(total).backward()
+            scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimiser)
+            scaler.update()
+            sums += torch.stack([total, image, gate, text]).detach().cpu()
+            usage += weights.detach().sum(dim=0).cpu()
+            bar.update()
+        losses = dict(zip(("loss", "image", "gate", "text"), (sums / n_batches).tolist()))
+        if not math.isfinite(losses["loss"]):
+            raise BadInput(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
+        shares = " ".join(f"{100 * share:2.0f}" for share in usage / usage.sum())
+        told = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        bar.write(
+            f"epoch {epoch + 1:3d}/{config['epochs']}  lr {lr:.5f}  {told}  prompts {shares} %",
+            file=sys.stdout,
+        )
+        state = {
+            "config": config,
+            "epoch": epoch + 1,
+            "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "scaler": scaler.state_dict(),
+            "order_rng": order_rng.get_state(),
+            "seconds": seconds + time.time() - start,
+        }
+        save_torch(state, folder / "resume.pt")
+    bar.close()
+    return seconds + time.time() - start
+
+
+def train(config, groups, folder, resume):
+    """One run, from flags to files."""
+    device = choose_device(config["device"])
+    state = open_run(folder, config, resume)
+    complete = load_split(config["dataset"], config["data"])
+    if not complete.train:
+        raise BadInput(f"{config['dataset']} is a test set: evaluate a run on it with eval.py")
+    sample = few_shot(complete, config["shots"], config["seed"])
+    split = select_classes(sample, config["classes"])
+    clip_model, fingerprint = load_clip(config["clip"], device)
+    torch.manual_seed(config["seed"])
+    model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"]).to(device)
+
+    # The text loss holds on to every class name, also those without training images.
+    names = complete.class_names if config["text_weight"] else split.class_names
+    first = len(names) - len(split.class_names) if config["classes"] == "new" else 0
+    trained = slice(first, first + len(split.class_names))
+    model.prompts.set_classes(clip_model, names)
+    templates = [template for group in groups for template in group]
+    prototypes = hard_prototypes(template_features(clip_model, templates, names), groups)
+
+    print(
+        f"{config['dataset']}: {len(split.class_names)} {config['classes']} classes,"
+        f" {config['shots']} shots, seed {config['seed']}; CLIP {config['clip']};"
+        f" {len(groups)} prompts, {config['top_k']} an image"
+    )
+
+    def encode(items, what, views=None):
+        return image_features(clip_model, fingerprint, split, items, views, what)
+
+    test = encode(split.test, "test images")
+    val = encode(split.val, "val images") if split.val else None
+    features = encode(split.train, "training images", config["views"])
+    labels = torch.tensor([item.label for item in split.train], device=device)
+    zero_shot, ensemble = baselines(clip_model, split, groups, test)
+    print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
+
+    seconds = fit(clip_model, model, config, features, labels, prototypes, trained, folder, state)
+    val_accuracy = None
+    if split.val:
+        val_accuracy = measure(clip_model, model, split, split.val, val)[0]["accuracy"]
+    measured, weights, _ = measure(clip_model, model, split, split.test, test)
+    result = {
+        **describe(config, split, model, len(split.train)),
+        "zero_shot_accuracy": zero_shot,
+        "ensemble_accuracy": ensemble,
+        "val_accuracy": val_accuracy,
+        **measured,
+        "router": plots.router_table(split, weights),
+        "train_seconds": round(seconds, 2),
+        "config": config,
+    }
+    checkpoint = {
+        "config": config,
+        "groups": groups,
+        "class_names": split.class_names,
+        "clip_fingerprint": fingerprint,
+        "model": model.state_dict(),
+    }
+    publish(folder, checkpoint, result, lambda path: plots.router_picture(result, path))
+    print(
+        f"after training:  {config['method']} {measured['accuracy']:.2f} %"
+        f" on {len(split.test):,} test images, {seconds:.1f} s of training"
+    )
+    print(f"saved in {folder}: checkpoint.pt, result.json, router.png")
+
+
+if __name__ == "__main__":
+    command(lambda: train(*resolve(make_parser().parse_args())))
