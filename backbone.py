@@ -21,6 +21,8 @@ import torch
 from clip.model import build_model
 
 TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip.pt"  # the embedded world's, see shapes.py
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
+STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
 
 

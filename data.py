@@ -41,7 +41,7 @@ from torchvision.datasets.utils import (
 from tqdm import tqdm
 
 import shapes
-from backbone import BadInput, nearest
+from backbone import MEAN, STD, BadInput, nearest
 
 # ---------------------------------------------------------------------------------- the table
 # folder: below the root. images: below the folder. split: the field's fixed split file, its
@@ -276,7 +276,6 @@ def select_classes(split, classes):
 
 # -------------------------------------------------------------------------------- transforms
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 BICUBIC = T.InterpolationMode.BICUBIC
 
 

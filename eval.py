@@ -174,7 +174,7 @@ def table(folder):
     return "\n".join("| " + " | ".join(str(line[i]) for i in used) + " |" for line in lines)
 
 
-def main():
+def run_command():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--dataset", help="another dataset's test images and class names")
@@ -192,5 +192,9 @@ def main():
         evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
 
 
+def main():
+    command(run_command)
+
+
 if __name__ == "__main__":
-    command(main)
+    main()

@@ -12,6 +12,7 @@ Letters in shapes: G groups = soft prompts, T templates, C classes, L tokens, W 
 encoder, D width of the joint embedding.
 """
 
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -222,7 +223,8 @@ def _check_length(model, length, text):
 def _check_words(known, ids, text):
     """Raises BadInput, naming the word, if a token of `text` has no embedding."""
     if not known[ids].all():
-        unknown = next(word for word in text.split() if not known[token_ids(word)].all())
+        words = re.findall(r"[\w'-]+|\S", text)
+        unknown = next(word for word in words if not known[token_ids(word)].all())
         raise BadInput(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
 
 

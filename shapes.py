@@ -1,7 +1,7 @@
 """The embedded world: coloured shapes drawn in styles, and a thumb-sized CLIP that has seen them.
 
     python shapes.py              # redraw the world and retrain its CLIP (25 minutes on two cores)
-    python shapes.py --sheet      # only draw the README's picture of the world
+    python shapes.py --sheet FILE # only draw a picture of the world
 
 Everything that prompt learning needs in miniature, without a download: 16 shapes x 10 colours make
 160 classes, and every image is drawn in one of eight *styles* (photo, large, small, many, sketch,
@@ -32,14 +32,13 @@ import torch
 import torch.nn.functional as F
 from clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
+from backbone import MEAN, STD, TINY_CLIP
 from prompts import TEMPLATE_GROUPS, encode_text
 
-ASSETS = Path(__file__).parent / "assets"
 SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # names this way to draw
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 SIZE = 32  # pixels a side of a finished image
 MOTTLE = 0.3  # how deep the downstream backgrounds' blotches are; the CLIP met at most 0.15
 FINE = 4  # masks are drawn this many times larger and averaged down: soft edges
@@ -267,25 +266,48 @@ SEED = 0
 IMAGES_PER_STYLE = 100  # of each class: 128,000 images in all
 BATCH = 256
 STEPS = 4500
+WARM_UP = 200
 LR = 1e-3
 OWN_STYLE = 0.7  # of the captions name the style; the rest say "a photo of a ...", as people do
 
 
 def _draw_class(name):
     """Every training image of one class: uint8 (styles, IMAGES_PER_STYLE, 32, 32, 3)."""
-    colour, shape = name.split()
-    return np.stack(
-        [
-            np.stack([np.asarray(draw(colour, shape, s, i)) for i in range(IMAGES_PER_STYLE)])
-            for s in STYLES
-        ]
-    )
+    images = [draw(*name.split(), s, i) for s in STYLES for i in range(IMAGES_PER_STYLE)]
+    return np.stack(images).reshape(len(STYLES), IMAGES_PER_STYLE, SIZE, SIZE, 3)
 
 
 def _preprocess(images):
-    """uint8 (N, 32, 32, 3) -> what the CLIP takes, float (N, 3, 32, 32)."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    """uint8 (N, 32, 32, 3) -> what CLIP takes, float (N, 3, 32, 32)."""
+    images = images.permute(0, 3, 1, 2).float() / 255
+    return normalize(images, MEAN, STD)
+
+
+def _captions():
+    """What may be said of an image: two tables (class, style) -> rows of tokens.
+
+    The first has one sentence a caption. The second says it twice, so that longer prompts find
+    their positions trained as well. Tokens are numbered by their place in `token_ids`, the sorted
+    list of all that occur: the CLIP gets embeddings for those alone.
+    Returns (tables, token_ids).
+    """
+    groups = dict(zip(STYLES, TEMPLATE_GROUPS["shapes"]))
+    tables = [
+        {
+            (name, style): clip.tokenize(
+                [" ".join([t.format(name)] * times) for t in groups[style]]
+            )
+            for name in CLASSES
+            for style in STYLES
+        }
+        for times in (1, 2)
+    ]
+    token_ids = torch.cat([rows for table in tables for rows in table.values()]).unique()
+    for table in tables:
+        length = max(int((rows > 0).sum(dim=1).max()) for rows in table.values())
+        for key, rows in table.items():
+            table[key] = torch.searchsorted(token_ids, rows[:, :length])
+    return tables, token_ids
 
 
 def train_clip():
@@ -294,40 +316,31 @@ def train_clip():
     rng = random.Random(SEED)
     with multiprocessing.Pool() as pool:
         images = list(tqdm(pool.imap(_draw_class, CLASSES), "drawing", len(CLASSES)))
-    images = torch.from_numpy(np.stack(images))  # (160, 8, N, 32, 32, 3)
+    images = torch.from_numpy(np.stack(images))  # (classes, styles, IMAGES_PER_STYLE, 32, 32, 3)
+    tables, token_ids = _captions()
+    longest = max(rows.shape[1] for rows in tables[1].values())
 
-    # Every caption there can be, in tokens; the model gets embeddings for those tokens alone.
-    # One batch in eight has captions of two sentences, so that longer prompts find their
-    # positions trained as well.
-    def captions(sentences):
-        return {
-            (name, style): [" ".join([t.format(name)] * sentences) for t in templates]
-            for name in CLASSES
-            for style, templates in zip(STYLES, TEMPLATE_GROUPS["shapes"])
-        }
-
-    texts = [captions(1), captions(2)]
-    rows = [[clip.tokenize(t[key], 32) for key in t] for t in texts]
-    token_ids = torch.unique(torch.cat([r for row in rows for r in row]))  # sorted: EOT is last
-    lengths = [int((torch.cat(row) > 0).sum(1).max()) for row in rows]
-    tokens = [
-        {key: torch.searchsorted(token_ids, r)[:, :n] for key, r in zip(t, row)}
-        for t, row, n in zip(texts, rows, lengths)
-    ]
-
-    model = CLIP(128, SIZE, 4, 128, 8, lengths[1], len(token_ids), 128, 2, 3).train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))
-    warm = 200
+    # 4 + 3 layers, 128 wide; 2 heads, as `clip` takes a text head to be 64 wide.
+    model = CLIP(128, SIZE, 4, 128, 8, longest, len(token_ids), 128, 2, 3).train()
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=LR,
+        betas=(0.9, 0.98),
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, s - warm) / STEPS))),
+        lambda step: min(
+            (step + 1) / WARM_UP,
+            0.5 * (1 + math.cos(math.pi * max(0, step - WARM_UP) / STEPS)),
+        ),
     )
     start = time.time()
     for step in range(STEPS):
-        sentences = 1 if step % 8 == 0 else 0
+        table = tables[1 if step % 8 == 0 else 0]
         picks = [
             (
                 rng.randrange(len(CLASSES)),
@@ -336,14 +349,15 @@ def train_clip():
             )
             for _ in range(BATCH)
         ]
+        text = torch.stack(
+            [
+                rng.choice(table[CLASSES[c], STYLES[s]])
+                if rng.random() < OWN_STYLE
+                else table[CLASSES[c], "photo"][0]
+                for c, s, _ in picks
+            ]
+        )
         batch = images[tuple(torch.tensor(picks).T)]
-        told = [
-            rng.choice(tokens[sentences][CLASSES[c], STYLES[s]])
-            if rng.random() < OWN_STYLE
-            else tokens[sentences][CLASSES[c], "photo"][0]
-            for c, s, _ in picks
-        ]
-        text = torch.stack(told)
         image_features = F.normalize(model.encode_image(_preprocess(batch)), dim=-1)
         embeddings = model.token_embedding(text)
         text_features = F.normalize(encode_text(model, embeddings, text.argmax(-1)), dim=-1)
@@ -354,20 +368,47 @@ def train_clip():
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        if step % 100 == 0:
+        if step % 100 == 0 or step == STEPS - 1:
             print(
-                f"step {step:5d}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True
+                f"step {step:4d}/{STEPS}  loss {loss:.3f}  {time.time() - start:.0f} s", flush=True
             )
 
+    used = token_ids > 0  # token 0 was padding
     state = {key: value.half() for key, value in model.state_dict().items()}
-    state["token_ids"] = token_ids
-    ASSETS.mkdir(exist_ok=True)
-    torch.save(state, ASSETS / "tiny_clip.pt")
+    state["token_embedding.weight"] = state["token_embedding.weight"][used]
+    state["token_ids"] = token_ids[used]
+    TINY_CLIP.parent.mkdir(exist_ok=True)
+    torch.save(state, TINY_CLIP)
+    print(f"saved {TINY_CLIP}: {TINY_CLIP.stat().st_size / 1e6:.1f} MB")
+
+
+def draw_sheet(path):
+    """The README's picture of the world: a row a style, the shifted test sets below."""
+    rows = [(None, style) for style in STYLES]
+    rows += [(name, styles[0]) for name, styles in DATASETS.items()]
+    rows += [("shapes_r", style) for style in DATASETS["shapes_r"][1:]]
+    cell = SIZE + 2
+    sheet = Image.new("RGB", (cell * len(SHAPES), cell * len(rows)), "white")
+    for y, (dataset, style) in enumerate(rows):
+        for x, shape in enumerate(SHAPES):
+            colour = list(COLOURS)[(x + y) % len(COLOURS)]
+            sheet.paste(draw(colour, shape, style, 0, dataset), (x * cell, y * cell))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sheet", metavar="FILE", help="only draw a picture of the world")
+    args = parser.parse_args()
+    if args.sheet:
+        draw_sheet(args.sheet)
+    else:
+        train_clip()
 
 
 if __name__ == "__main__":
-    train_clip()
+    main()

@@ -508,5 +508,9 @@ def train(config, groups, folder, resume):
     print(f"saved in {folder}: checkpoint.pt, result.json, router.png")
 
 
-if __name__ == "__main__":
+def main():
     command(lambda: train(*resolve(make_parser().parse_args())))
+
+
+if __name__ == "__main__":
+    main()

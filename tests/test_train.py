@@ -1,0 +1,366 @@
+"""Training, end to end: the embedded world, EuroSAT's files, resuming, and what is refused."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from backbone import BadInput
+from data import few_shot, load_split
+
+ROOT = Path(__file__).parents[1]
+RUN_FILES = ["checkpoint.pt", "result.json", "router.png"]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same_parameters(a, b):
+    a, b = checkpoint(a)["model"], checkpoint(b)["model"]
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def command(*args):
+    """train.py as a user starts it: (exit status, standard output, standard error)."""
+    run = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    # A proxy that nobody serves: there is no network, whatever the machine has.
+    env = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------- the whole method
+
+
+def test_the_embedded_world_is_learned(run_train, tmp_path):
+    """A short run; the README's numbers are of 50 epochs."""
+    result = run_train("--shots 4 --epochs 15")
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == RUN_FILES
+    assert result["accuracy"] > result["zero_shot_accuracy"] + 2
+    assert result["n_train"] == 80 and result["n_test"] == 2400 and result["n_classes"] == 20
+    assert len(result["per_class_accuracy"]) == 20
+    assert np.isclose(
+        np.mean(list(result["per_class_accuracy"].values())), result["accuracy"], atol=0.02
+    )
+    assert np.isclose(sum(result["prompt_usage"].values()), 1, atol=1e-3)
+    assert result["config"]["lr"] == 0.032 and result["config"]["top_k"] == 2
+    for row in result["router"]["share"]:
+        assert np.isclose(sum(row), 1, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_numbers_bit_for_bit(run_train, tmp_path):
+    a = run_train("--shots 1 --epochs 2 --out", tmp_path / "a")
+    b = run_train("--shots 1 --epochs 2 --out", tmp_path / "b")
+    other = run_train("--shots 1 --epochs 2 --seed 2 --out", tmp_path / "c")
+    assert same_parameters(tmp_path / "a", tmp_path / "b")
+    assert a["per_class_accuracy"] == b["per_class_accuracy"] != other["per_class_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def archive(random_clip_file, tmp_path_factory):
+    """The random CLIP as a TorchScript archive, as OpenAI ships theirs."""
+    model, _ = train.load_clip(random_clip_file, torch.device("cpu"))
+    inputs = torch.zeros(1, 3, 32, 32), torch.ones(1, 77, dtype=torch.long)
+    path = tmp_path_factory.mktemp("archive") / "clip.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, inputs, check_trace=False), path)
+    return path
+
+
+def test_eurosat_trains_from_its_files_with_either_kind_of_clip(
+    run_train, eurosat, archive, random_clip_file, tmp_path, monkeypatch
+):
+    used = []
+    encode = train.image_features
+
+    def spy(model, fingerprint, split, items, views, what):
+        used.append(items)
+        return encode(model, fingerprint, split, items, views, what)
+
+    monkeypatch.setattr(train, "image_features", spy)
+    flags = f"--dataset eurosat --shots 4 --epochs 2 --data {eurosat} --out"
+    a = run_train(flags, tmp_path / "a", "--clip", archive)
+    expected = few_shot(load_split("eurosat", eurosat), 4, 1)
+    assert used == [expected.test, expected.val, expected.train]
+    b = run_train(flags, tmp_path / "b", "--clip", random_clip_file)
+    for result in (a, b):
+        assert result["split"] == "coop" and result["n_prompts"] == 6
+        assert (result["n_train"], result["n_test"], result["n_classes"]) == (40, 30, 10)
+    assert same_parameters(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a/checkpoint.pt").stat().st_size < 1_000_000
+
+
+def test_zero_shot_and_ensemble_are_clips_own(run_train, eurosat, random_clip_file, random_clip):
+    import clip
+    from PIL import Image
+
+    from prompts import template_groups
+
+    result = run_train(f"--dataset eurosat --epochs 1 --data {eurosat} --clip {random_clip_file}")
+    split = load_split("eurosat", eurosat)
+    preprocess = clip.clip._transform(32)
+    images = torch.stack([preprocess(Image.open(split.folder / i.path)) for i in split.test])
+    images = random_clip.encode_image(images)
+    labels = torch.tensor([i.label for i in split.test])
+
+    def features(template):
+        texts = clip.tokenize([template.format(name) for name in split.class_names])
+        text = random_clip.encode_text(texts)
+        return text / text.norm(dim=-1, keepdim=True)
+
+    def accuracy(text):
+        return 100 * ((images @ text.T).argmax(-1) == labels).float().mean().item()
+
+    one = accuracy(features("a centered satellite photo of {}."))
+    every = torch.stack([features(t) for g in template_groups("eurosat") for t in g]).mean(0)
+    assert math.isclose(result["zero_shot_accuracy"], one, abs_tol=0.01)
+    every = accuracy(every / every.norm(dim=-1, keepdim=True))
+    assert math.isclose(result["ensemble_accuracy"], every, abs_tol=0.01)
+
+
+@pytest.mark.parametrize("classes", ["base", "new"])
+def test_training_on_some_classes_holds_on_to_all_names_in_the_text_loss_alone(
+    run_train, monkeypatch, classes
+):
+    """Losses are recomputed from what they were given, on all names and on the trained half."""
+    seen = {}
+    for name in ("text_loss", "image_loss", "gate_target"):
+        original = getattr(train, name)
+
+        def spy(*args, name=name, original=original):
+            seen[name] = [a.shape if torch.is_tensor(a) else a for a in args]
+            return original(*args)
+
+        monkeypatch.setattr(train, name, spy)
+    run_train(f"--shots 1 --epochs 1 --classes {classes}")
+    assert seen["text_loss"][0] == seen["text_loss"][1] == (8, 20, 128)
+    assert seen["image_loss"][0] == (10, 10)  # 10 images, 10 trained classes
+    assert seen["gate_target"][1] == (8, 10, 128)
+
+
+def test_base_training_meets_base_names_and_new_training_new_ones(run_train, tmp_path):
+    base = run_train("--shots 1 --epochs 1 --classes base --out", tmp_path / "base")
+    new = run_train("--shots 1 --epochs 1 --classes new --out", tmp_path / "new")
+    names = load_split("shapes", "").class_names
+    assert list(base["per_class_accuracy"]) == names[:10]
+    assert list(new["per_class_accuracy"]) == names[10:]
+    assert base["n_test"] == new["n_test"] == 1200
+
+
+def test_flags_reach_the_model(run_train, tmp_path):
+    (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
+    groups = tmp_path / "groups.txt"
+    result = run_train("--shots 1 --epochs 1 --top-k 1 --text-bias --groups", groups)
+    assert list(result["prompt_usage"]) == ["a photo of a {}.", "a sketch of a {}."]
+    assert result["top_k"] == 1
+    assert checkpoint(tmp_path / "run")["model"]["text_bias"].abs().max() > 0
+
+
+# ------------------------------------------------------------------------------ optimisation
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
+    rates = [train.learning_rate(e, 50, 0.032) for e in range(50)]
+    assert rates[:5] == [1e-5] * 5
+    assert rates[5] == 0.032
+    assert math.isclose(rates[30], 0.032 * 0.5)  # half of the cosine's 50 epochs after the start
+    expected = 0.032 * 0.5 * (1 + math.cos(math.pi * 44 / 50))
+    assert math.isclose(rates[49], expected) and expected > 1e-3
+    assert train.learning_rate(0, 10, 1.0) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
+    assert train.learning_rate(1, 10, 1.0) == 1.0
+
+
+def test_the_learning_rate_grows_with_the_batch():
+    def lr(*flags):
+        return train.resolve(train.make_parser().parse_args(flags))[0]["lr"]
+
+    assert lr() == 0.032
+    assert math.isclose(lr("--batch-size", "64"), 0.064)
+    assert lr("--batch-size", "64", "--lr", "0.1") == 0.1
+
+
+def test_the_last_incomplete_batch_is_dropped_if_there_is_a_full_one(run_train, monkeypatch):
+    sizes = []
+    original = train.image_loss
+    monkeypatch.setattr(train, "image_loss", lambda a, b: sizes.append(len(b)) or original(a, b))
+    run_train("--shots 2 --epochs 1")  # 40 images
+    assert sizes == [32]
+
+
+# ------------------------------------------------------------------- folders, resuming, killing
+
+
+def folder_of(*flags):
+    return str(train.resolve(train.make_parser().parse_args(flags))[2])
+
+
+def test_a_run_is_named_after_what_it_is():
+    assert folder_of() == "out/shapes/mocoop_16shot_all_seed1"
+    base = folder_of("--dataset", "eurosat", "--shots", "4", "--classes", "base", "--seed", "3")
+    assert base == "out/eurosat/mocoop_4shot_base_seed3"
+    assert (
+        folder_of("--top-k", "1", "--text-bias")
+        == "out/shapes/mocoop-text_bias-top_k1_16shot_all_seed1"
+    )
+    assert folder_of("--top-k", "2") == folder_of()  # the preset's own value
+    assert folder_of("--out", "here") == "here"
+
+
+def interrupt(monkeypatch, epoch):
+    """Makes training die right after it has saved the state of an epoch."""
+    save = train.save_torch
+
+    def save_and_die(content, path):
+        save(content, path)
+        if content["epoch"] == epoch:
+            raise InterruptedError
+
+    monkeypatch.setattr(train, "save_torch", save_and_die)
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(run_train, tmp_path, monkeypatch, capsys):
+    whole = run_train("--shots 2 --epochs 5 --text-bias --out", tmp_path / "whole")
+    interrupt(monkeypatch, 2)
+    flags = "--shots 2 --epochs 5 --text-bias --out"
+    with pytest.raises(InterruptedError):
+        run_train(flags, tmp_path / "parts")
+    assert [f.name for f in (tmp_path / "parts").iterdir()] == ["resume.pt"]
+    monkeypatch.undo()
+    monkeypatch.setattr("data.CACHE", tmp_path / "cache")
+    resumed = run_train(flags, tmp_path / "parts", "--resume")
+    assert "resuming after epoch 2" in capsys.readouterr().out
+    assert same_parameters(tmp_path / "whole", tmp_path / "parts")
+    assert resumed["per_class_accuracy"] == whole["per_class_accuracy"]
+    assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == RUN_FILES
+
+
+def test_resume_starts_fresh_without_a_run_and_leaves_a_finished_one(run_train, tmp_path, capsys):
+    run_train("--shots 1 --epochs 1 --resume")
+    assert "nothing to resume: a fresh start" in capsys.readouterr().out
+    before = (tmp_path / "run/result.json").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as exit:
+        run_train("--shots 1 --epochs 1 --resume")
+    assert exit.value.code == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().out
+    assert (tmp_path / "run/result.json").stat().st_mtime_ns == before
+
+
+def test_a_rerun_replaces_its_folder_and_says_so(run_train, tmp_path, capsys):
+    run_train("--shots 1 --epochs 1")
+    (tmp_path / "run/eval_shapes_all.json").write_text("{}")  # of the checkpoint that goes
+    run_train("--shots 1 --epochs 1")
+    assert "it will be replaced" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == RUN_FILES
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_a_folder_with_another_configuration_is_refused(run_train, resume):
+    run_train("--shots 1 --epochs 1")
+    with pytest.raises(BadInput, match="holds a run with seed 1 instead of 2"):
+        run_train(f"--shots 1 --epochs 1 --seed 2 {resume}")
+
+
+def test_an_interrupted_run_of_another_configuration_is_not_resumed(run_train, monkeypatch):
+    interrupt(monkeypatch, 1)
+    with pytest.raises(InterruptedError):
+        run_train("--shots 1 --epochs 3")
+    with pytest.raises(BadInput, match="holds a run with epochs 3 instead of 4"):
+        run_train("--shots 1 --epochs 4 --resume")
+
+
+def test_a_folder_with_other_files_is_left_alone(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match="holds thesis.tex, not a run's file"):
+        run_train("--shots 1 --epochs 1")
+    assert (tmp_path / "run/thesis.tex").read_text() == "years of work"
+
+
+def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/result.json").write_text("{")
+    with pytest.raises(BadInput, match="result.json is not the result of a run"):
+        run_train("--shots 1 --epochs 1")
+    (tmp_path / "run/resume.pt").write_text("half")
+    with pytest.raises(BadInput, match="resume.pt is not a state to resume from"):
+        run_train("--shots 1 --epochs 1 --resume")
+
+
+# ------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--shots 0", "argument --shots: must be above 0"),
+        ("--shots many", "argument --shots: invalid int value: 'many'"),
+        ("--classes old", "invalid choice: 'old'"),
+        ("--lr -1", "argument --lr: must be above 0"),
+        ("--lr nan", "argument --lr: must be above 0"),
+        ("--top-k 9", "--top-k 9 is above the number of prompts, 8"),
+        ("--dataset eurosta", "unknown dataset 'eurosta' (did you mean 'eurosat'?)"),
+        ("--dataset shapes_v2", "shapes_v2 is a test set"),
+        ("--clip nothing.pt", "no CLIP file nothing.pt"),
+        ("--groups nothing.txt", "cannot read the template groups in nothing.txt"),
+        ("--device tpu9", "no device 'tpu9'"),
+        ("--device cuda:77", "no device 'cuda:77'"),
+        ("--dataset eurosat --data nowhere", "no images at nowhere/eurosat/2750"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert [f for f in tmp_path.iterdir() if f.name != "cache"] == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run_train):
+    with pytest.raises(BadInput, match="the loss is not finite in epoch .*: try a smaller --lr"):
+        run_train("--shots 1 --epochs 5 --lr 1e30 --batch-size 1")
+
+
+def test_the_command_line_says_in_one_line_what_is_missing(tmp_path):
+    status, out, error = command("--dataset", "eurosat", "--data", tmp_path / "none")
+    assert status == 2
+    assert error.count("\n") == 1 and "2750" in error and "--data" in error
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
+    flags = ["--shots", "2", "--epochs", "12", "--out"]
+    assert command(*flags, tmp_path / "whole")[0] == 0
+    run = [sys.executable, str(ROOT / "train.py"), *flags, str(tmp_path / "parts")]
+    for _ in range(3):  # killed three times, whatever it was doing
+        process = subprocess.Popen([*run, "--resume"], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("epoch") and int(line.split()[1].split("/")[0]) % 3 == 0:
+                break
+        process.kill()
+        process.wait()
+    status, out, _ = command(*flags, tmp_path / "parts", "--resume")
+    assert status == 0 and "resuming after epoch" in out
+    assert same_parameters(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_result_json_has_the_documented_keys(run_train):
+    result = run_train("--shots 1 --epochs 1")
+    expected = """dataset classes shots seed method clip n_prompts top_k n_classes n_train n_test
+        split accuracy zero_shot_accuracy ensemble_accuracy val_accuracy per_class_accuracy
+        prompt_usage router train_seconds config"""
+    assert sorted(result) == sorted(expected.split())
+    assert json.loads(json.dumps(result)) == result
