@@ -10,7 +10,6 @@ beside it, and `samples_<...>.png`, test images with the prompts that they were 
 """
 
 import json
-import os
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -21,17 +20,8 @@ import plots
 from backbone import BadInput, command, load_clip, read_torch_file
 from data import image_features, load_split, open_image, select_classes
 from prompts import template_groups
-from train import (
-    ELSEWHERE,
-    MoCoOp,
-    Parser,
-    baselines,
-    choose_device,
-    describe,
-    measure,
-    method_label,
-    read_result,
-)
+from runs import ELSEWHERE, find_runs, read_result
+from train import MoCoOp, Parser, baselines, choose_device, describe, measure, method_label
 
 # ----------------------------------------------------------------------------- one run, anywhere
 
@@ -92,7 +82,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     name = f"{dataset}_{classes}"
     scratch = folder / f"eval_{name}.tmp"
     scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / f"eval_{name}.json")
+    scratch.replace(folder / f"eval_{name}.json")
     plots.router_picture(result, folder / f"eval_{name}.png")
     some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
     images = [(split.test[i], open_image(split, split.test[i].path)) for i in some]
@@ -112,18 +102,6 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
 
 def harmonic_mean(base, new):
     return 2 * base * new / (base + new) if base + new else 0.0
-
-
-def find_runs(folder):
-    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries."""
-    runs = []
-    for file in sorted(Path(folder).rglob("result.json")):
-        if not file.parent.name.startswith("."):  # a run being put in place
-            evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]
-            runs.append((read_result(file), evaluations))
-    if not runs:
-        raise BadInput(f"no finished run below {folder}")
-    return runs
 
 
 def table(folder):

@@ -50,7 +50,7 @@ def router_picture(result, path):
         for x, value in enumerate(row):
             colour = "white" if value > 0.5 else "black"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 

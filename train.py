@@ -14,13 +14,9 @@ trains: a bias on the text features (--text-bias) and the image encoder's LayerN
 """
 
 import argparse
-import json
 import math
-import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import plots
-from backbone import BadInput, command, load_clip, read_torch_file
+from backbone import BadInput, command, load_clip
 from data import few_shot, image_features, load_split, select_classes
 from losses import gate_loss, image_loss, text_loss
 from prompts import (
@@ -42,6 +38,7 @@ from prompts import (
     zero_shot_template,
 )
 from router import Router, gate_target, mixed_logits
+from runs import open_run, publish, save_torch
 
 # A method is a row of defaults; flags on the command line win. The numbers are the authors'.
 METHODS = {
@@ -203,84 +200,6 @@ def _slug(value):
     """A flag's value as part of a folder name."""
     text = Path(value).stem if isinstance(value, str) and Path(value).is_file() else str(value)
     return re.sub(r"[^\w.]+", "-", text)
-
-
-# --------------------------------------------------------------------------- files of one run
-
-RUN_FILES = re.compile(r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.*")
-ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
-
-
-def open_run(folder, config, resume):
-    """The state that a run in `folder` left behind to go on from, or None for a fresh start.
-
-    Raises BadInput if the folder holds the run of another configuration or other files, or
-    cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
-    """
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"cannot write in {parent}: name another --out")
-    files = [f.name for f in folder.iterdir()] if folder.exists() else []
-    strange = [name for name in files if not RUN_FILES.fullmatch(name)]
-    if strange:
-        raise BadInput(
-            f"{folder} holds a file that is not a run's, {strange[0]}: name another --out"
-        )
-    state, there, finished = None, config, "result.json" in files
-    if "resume.pt" in files:
-        state = read_torch_file(folder / "resume.pt", "state to resume from")
-        there = state.get("config", {})
-    elif finished:
-        there = read_result(folder / "result.json")["config"]
-    for flag in config:
-        if flag not in ELSEWHERE and there.get(flag) != config[flag]:
-            raise BadInput(
-                f"{folder} holds a run with {flag} {there.get(flag)} instead of {config[flag]}:"
-                " remove it or name another --out"
-            )
-    if not resume:
-        if finished:
-            print(f"{folder} holds this run already: it will be replaced")
-        return None
-    if state is None and finished:
-        print(f"the run in {folder} is finished: nothing to resume")
-        sys.exit(0)
-    print(f"resuming after epoch {state['epoch']}" if state else "nothing to resume: a fresh start")
-    return state
-
-
-def read_result(path):
-    """A `result.json` as a dictionary. Raises BadInput if it is not one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        result["config"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not the result of a run: remove it") from error
-    return result
-
-
-def save_torch(content, path):
-    """`torch.save` under a temporary name, renamed when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def publish(folder, checkpoint, result, picture):
-    """Puts a finished run's files in place of whatever `folder` held, as one rename.
-
-    picture: a function that draws `router.png` to the path it is given.
-    """
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".finishing-"))
-    torch.save(checkpoint, scratch / "checkpoint.pt")
-    (scratch / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture(scratch / "router.png")
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    scratch.chmod(0o755)
-    scratch.rename(folder)
-    shutil.rmtree(old)
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -500,7 +419,7 @@ def train(config, groups, folder, resume):
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
-    publish(folder, checkpoint, result, lambda path: plots.router_picture(result, path))
+    publish(folder, checkpoint, result)
     print(
         f"after training:  {config['method']} {measured['accuracy']:.2f} %"
         f" on {len(split.test):,} test images, {seconds:.1f} s of training"

@@ -26,6 +26,11 @@ from data import Item, Split, few_shot, image_features, load_split, select_class
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+
+
 @pytest.fixture
 def own_eurosat(eurosat, tmp_path):
     """A copy that a test may damage."""

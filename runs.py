@@ -1,0 +1,102 @@
+"""What a run leaves on disk, and how it goes on from there.
+
+A run's folder holds `checkpoint.pt`, `result.json` and `router.png`; while it runs, `resume.pt`
+with all that is needed to go on. Files are written under a temporary name and renamed when whole.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import plots
+from backbone import BadInput, read_torch_file
+
+RUN_FILES = re.compile(r"(checkpoint|resume|result|router)\.(pt|json|png|tmp)|(eval|samples)_.*")
+ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
+
+
+def open_run(folder, config, resume):
+    """The state that a run in `folder` left behind to go on from, or None for a fresh start.
+
+    Raises BadInput if the folder holds the run of another configuration or other files, or
+    cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
+    """
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write in {parent}: name another --out")
+    files = [f.name for f in folder.iterdir()] if folder.exists() else []
+    strange = [name for name in files if not RUN_FILES.fullmatch(name)]
+    if strange:
+        raise BadInput(
+            f"{folder} holds a file that is not a run's, {strange[0]}: name another --out"
+        )
+    state, there, finished = None, config, "result.json" in files
+    if "resume.pt" in files:
+        state = read_torch_file(folder / "resume.pt", "state to resume from")
+        there = state.get("config", {})
+    elif finished:
+        there = read_result(folder / "result.json")["config"]
+    for flag in config:
+        if flag not in ELSEWHERE and there.get(flag) != config[flag]:
+            raise BadInput(
+                f"{folder} holds a run with {flag} {there.get(flag)} instead of {config[flag]}:"
+                " remove it or name another --out"
+            )
+    if not resume:
+        if finished:
+            print(f"{folder} holds this run already: it will be replaced")
+        return None
+    if state is None and finished:
+        print(f"the run in {folder} is finished: nothing to resume")
+        sys.exit(0)
+    print(f"resuming after epoch {state['epoch']}" if state else "nothing to resume: a fresh start")
+    return state
+
+
+def read_result(path):
+    """A `result.json` as a dictionary. Raises BadInput if it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["config"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not the result of a run: remove it") from error
+    return result
+
+
+def save_torch(content, path):
+    """`torch.save` under a temporary name, renamed when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def publish(folder, checkpoint, result):
+    """Puts the files of a finished run in `folder`, in place of an earlier run's.
+
+    All are written under temporary names first; `result.json` is renamed last, and `resume.pt`
+    goes when everything is there: a run killed in between can still be resumed.
+    """
+    save_torch(checkpoint, folder / "checkpoint.pt")
+    plots.router_picture(result, folder / "router.tmp")
+    (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for stale in (*folder.glob("eval_*"), *folder.glob("samples_*")):
+        stale.unlink()  # of the checkpoint that stood here before
+    (folder / "router.tmp").replace(folder / "router.png")
+    (folder / "result.tmp").replace(folder / "result.json")
+    (folder / "resume.pt").unlink()
+
+
+def find_runs(folder):
+    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries."""
+    runs = []
+    for file in sorted(Path(folder).rglob("result.json")):
+        if not file.parent.name.startswith("."):  # a run being put in place
+            evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]
+            runs.append((read_result(file), evaluations))
+    if not runs:
+        raise BadInput(f"no finished run below {folder}")
+    return runs

@@ -1,0 +1,116 @@
+"""The embedded world: the same everywhere, and a CLIP that fits it."""
+
+import numpy as np
+import pytest
+import torch
+
+import shapes
+from backbone import TINY_CLIP, load_clip
+from data import load_split, open_image
+from prompts import template_features, template_groups
+
+SHIFTED = ["shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"]
+
+
+def test_there_are_160_classes_of_which_20_are_downstream():
+    assert len(shapes.CLASSES) == len(set(shapes.CLASSES)) == 160
+    assert len(shapes.DOWNSTREAM) == 20 and set(shapes.DOWNSTREAM) <= set(shapes.CLASSES)
+    assert sorted(shapes.DOWNSTREAM) == shapes.DOWNSTREAM
+
+
+def test_every_style_has_a_template_group():
+    groups = template_groups("shapes")
+    assert len(groups) == len(shapes.STYLES)
+    words = ["photo", "large", "small", "many", "sketch", "pixelated", "blurry", "dark"]
+    for style, group, word in zip(shapes.STYLES, groups, words):
+        assert style == word and any(word in template for template in group)
+
+
+def test_the_few_shot_dataset_has_its_lists():
+    split = load_split("shapes", "anywhere")
+    assert (len(split.train), len(split.val), len(split.test)) == (20 * 64, 20 * 24, 20 * 120)
+    assert len({item.path for item in split.train + split.val + split.test}) == 20 * 208
+    for style in shapes.STYLES:
+        assert sum(shapes.style_of(item.path) == style for item in split.test) == 20 * 15
+
+
+@pytest.mark.parametrize("dataset", SHIFTED)
+def test_shifted_test_sets_have_the_same_classes_and_nothing_to_train_on(dataset):
+    split = load_split(dataset, "anywhere")
+    assert split.class_names == shapes.DOWNSTREAM
+    assert split.train == split.val == []
+    assert len(split.test) == 20 * 120
+
+
+@pytest.mark.parametrize("dataset", ["shapes", *SHIFTED])
+def test_an_image_is_drawn_from_its_name_alone(dataset):
+    split = load_split(dataset, "anywhere")
+    for item in split.test[::400]:
+        image = open_image(split, item.path)
+        assert image.size == (32, 32) and image.mode == "RGB"
+        assert np.array_equal(image, open_image(split, item.path))
+    first, second = (np.asarray(open_image(split, item.path)) for item in split.test[:2])
+    assert not np.array_equal(first, second)
+
+
+def test_shifted_test_sets_differ_from_the_world_they_were_trained_in():
+    drawn = [
+        np.asarray(shapes.draw("red", "star", shapes.DATASETS[dataset][0], "test/000", dataset))
+        for dataset in ["shapes", *SHIFTED]
+    ]
+    for i, image in enumerate(drawn):
+        assert not any(np.array_equal(image, other) for other in drawn[:i])
+
+
+def test_a_red_star_is_red_and_a_ring_has_a_hole():
+    star = np.asarray(shapes.draw("red", "star", "large", 0)).astype(int)
+    middle = star[14:18, 14:18].mean((0, 1))
+    assert middle[0] > middle[1] + 80 and middle[0] > middle[2] + 80
+    ring = np.asarray(shapes.draw("blue", "ring", "large", 0)).astype(int)
+    blueness = ring[..., 2] - ring[..., 0]
+    assert blueness[14:18, 14:18].mean() < 20 < blueness.max()
+
+
+def test_the_bundled_clip_is_small_and_knows_only_the_worlds_words():
+    assert TINY_CLIP.stat().st_size <= 4_000_000
+    model, _ = load_clip("bundled", "cpu")
+    known = ~model.token_embedding.weight.isnan().any(dim=1)
+    assert 40 <= known.sum() <= 60
+    # every template of the world with every one of its 160 classes can be read
+    templates = [template for group in template_groups("shapes") for template in group]
+    assert template_features(model, templates, shapes.CLASSES).shape == (len(templates), 160, 128)
+    state = torch.load(TINY_CLIP, weights_only=True)
+    assert all(v.dtype == torch.float16 for k, v in state.items() if k != "token_ids")
+
+
+def test_the_sheet_shows_every_style_and_shifted_set(tmp_path):
+    shapes.draw_sheet(tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_training_its_clip_lowers_the_loss_and_saves_what_can_be_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(shapes, "TINY_CLIP", tmp_path / "assets/tiny_clip.pt")
+    for name, value in {"IMAGES_PER_STYLE": 1, "BATCH": 64, "STEPS": 25, "WARM_UP": 2}.items():
+        monkeypatch.setattr(shapes, name, value)
+    monkeypatch.setattr(shapes.multiprocessing, "Pool", _OneProcess)
+    shapes.train_clip()
+    losses = [
+        float(line.split()[3]) for line in capsys.readouterr().out.splitlines() if "loss" in line
+    ]
+    assert losses[-1] < losses[0] - 0.5
+    model, _ = load_clip(tmp_path / "assets/tiny_clip.pt", "cpu")
+    assert template_features(model, ["a photo of a {}."], ["red star"]).isfinite().all()
+
+
+class _OneProcess:
+    """multiprocessing.Pool without processes, so that the changed settings are seen."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    imap = staticmethod(map)
