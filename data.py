@@ -6,8 +6,9 @@ own data folder works as it is:
     data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
     data/eurosat/split_zhou_EuroSAT.json
 
-What is absent is fetched into that same layout. The embedded world (`shapes`, see shapes.py) is a
-dataset like the others, only that its images are drawn instead of read.
+What is absent is fetched into that same layout, where it can be. A folder of one's own,
+`<class>/*` or `{train,val,test}/<class>/*`, is a dataset as it is, and so is the embedded world
+(`shapes`, see shapes.py), only that its images are drawn instead of read.
 
 From top to bottom: the table, loading a split, fetching, few-shot samples, base and new classes,
 transforms, the feature cache.
@@ -18,8 +19,10 @@ import hashlib
 import json
 import os
 import random
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +34,7 @@ import PIL
 import torch
 import torchvision
 import torchvision.transforms as T
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.datasets.utils import (
     download_file_from_google_drive,
@@ -44,36 +47,152 @@ import shapes
 from backbone import MEAN, STD, BadInput, nearest
 
 # ---------------------------------------------------------------------------------- the table
-# folder: below the root. images: below the folder. split: the field's fixed split file, its
-# Google Drive id, its number of train, val and test images. archive: torchvision's URL and MD5.
-# class_names: readable names of the image folders, for the case that the split cannot be had.
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a dataset. Paths are below `folder`, which is below the root."""
+
+    folder: str
+    images: str
+    split: str = ""  # the field's fixed split file; "" where folders or official lists serve
+    drive_id: str = ""  # of the split file (of classnames.txt for ImageNet) on Google Drive
+    counts: tuple = ()  # train, val and test images in the split
+    archive: tuple = ()  # URL and MD5, torchvision's where it has one
+    origin: str = ""  # where to get it by hand, if it cannot be fetched
+    class_names: tuple = ()  # readable names of the sorted image folders, if no split gives them
+
+
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+EUROSAT_NAMES = (
+    *("Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"),
+    *("Industrial Buildings", "Pasture Land", "Permanent Crop Land", "Residential Buildings"),
+    *("River", "Sea or Lake"),
+)
 
 DATASETS = {
-    "eurosat": {
-        "folder": "eurosat",
-        "images": "2750",
-        "split": "split_zhou_EuroSAT.json",
-        "drive_id": "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
-        "counts": (13500, 5400, 8100),
-        "archive": (
+    "caltech101": Row(
+        "caltech-101",
+        "101_ObjectCategories",
+        "split_zhou_Caltech101.json",
+        "1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
+        (4128, 1649, 2465),
+        (
+            "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
+            "3138e1922a9193bfa496528edbbc45d0",
+        ),
+    ),
+    "oxford_pets": Row(
+        "oxford_pets",
+        "images",
+        "split_zhou_OxfordPets.json",
+        "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
+        (2944, 736, 3669),
+        (f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+    ),
+    "stanford_cars": Row(
+        "stanford_cars",
+        "",
+        "split_zhou_StanfordCars.json",
+        "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
+        (6509, 1635, 8041),
+        origin="cars_train/*.jpg and cars_test/*.jpg, whose first home"
+        " (ai.stanford.edu/~jkrause/cars) is closed: see CoOp's DATASETS.md",
+    ),
+    "oxford_flowers": Row(
+        "oxford_flowers",
+        "jpg",
+        "split_zhou_OxfordFlowers.json",
+        "1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
+        (4093, 1633, 2463),
+        (f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
+    ),
+    "food101": Row(
+        "food-101",
+        "images",
+        "split_zhou_Food101.json",
+        "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
+        (50500, 20200, 30300),
+        (
+            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+            "85eeb15f3717b99a5da872d97d918f87",
+        ),
+    ),
+    "fgvc_aircraft": Row(
+        "fgvc_aircraft",
+        "images",
+        counts=(3334, 3333, 3333),
+        archive=(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", None),
+    ),
+    "sun397": Row(
+        "sun397",
+        "SUN397",
+        "split_zhou_SUN397.json",
+        "1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
+        (15880, 3970, 19850),
+        (
+            "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+            "8ca2778205c41d23104230ba66911c7a",
+        ),
+    ),
+    "dtd": Row(
+        "dtd",
+        "images",
+        "split_zhou_DescribableTextures.json",
+        "1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
+        (2820, 1128, 1692),
+        (f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
+    ),
+    "eurosat": Row(
+        "eurosat",
+        "2750",
+        "split_zhou_EuroSAT.json",
+        "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
+        (13500, 5400, 8100),
+        (
             "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
             "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
             "c8fa014336c82ac7804f0398fcb19387",
         ),
-        "class_names": {
-            "AnnualCrop": "Annual Crop Land",
-            "Forest": "Forest",
-            "HerbaceousVegetation": "Herbaceous Vegetation Land",
-            "Highway": "Highway or Road",
-            "Industrial": "Industrial Buildings",
-            "Pasture": "Pasture Land",
-            "PermanentCrop": "Permanent Crop Land",
-            "Residential": "Residential Buildings",
-            "River": "River",
-            "SeaLake": "Sea or Lake",
-        },
-    },
+        class_names=EUROSAT_NAMES,
+    ),
+    "ucf101": Row(
+        "ucf101",
+        "UCF-101-midframes",
+        "split_zhou_UCF101.json",
+        "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
+        (7639, 1898, 3783),
+        ("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
+    ),
+    "imagenet": Row(
+        "imagenet",
+        "images",
+        drive_id="1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF",
+        origin="train/<synset>/*.JPEG and val/<synset>/*.JPEG from https://image-net.org",
+    ),
+    "imagenetv2": Row(
+        "imagenetv2",
+        "imagenetv2-matched-frequency-format-val",
+        origin="{0 ... 999}/*.jpeg from https://github.com/modestyachts/ImageNetV2",
+    ),
+    "imagenet_sketch": Row(
+        "imagenet-sketch",
+        "images",
+        origin="<synset>/*.JPEG from https://github.com/HaohanWang/ImageNet-Sketch",
+    ),
+    "imagenet_a": Row(
+        "imagenet-adversarial",
+        "imagenet-a",
+        origin="<synset>/*.jpg from https://github.com/hendrycks/natural-adv-examples",
+    ),
+    "imagenet_r": Row(
+        "imagenet-rendition",
+        "imagenet-r",
+        origin="<synset>/*.jpg from https://github.com/hendrycks/imagenet-r",
+    ),
 }
+PARTS = ("train", "val", "test")
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())  # all that Pillow knows
 
 
 class Item(NamedTuple):
@@ -87,95 +206,217 @@ class Item(NamedTuple):
 class Split:
     """A dataset, or a part of one: three lists of items, labels counting from 0."""
 
-    dataset: str
+    dataset: str  # as given to --dataset
     folder: Path | None  # None: the images are drawn
-    source: str  # `coop`, `seeded` or `shapes`: where the split comes from
+    source: str  # `coop`, `folder`, `seeded` or `shapes`: where the lists come from
     class_names: list[str]  # by label
     train: list[Item]
     val: list[Item]
     test: list[Item]
+
+    @property
+    def name(self):
+        return Path(self.dataset).name  # a folder of one's own goes by its last component
 
 
 # -------------------------------------------------------------------------------- the splits
 
 
 def load_split(dataset, root):
-    """The complete train, val and test lists of a dataset below `root`, fetched if absent.
+    """The complete train, val and test lists of a dataset.
 
+    dataset: a name of the table, below `root` and fetched if absent; one of the embedded world's;
+    or the path of a folder of one's own.
     Raises BadInput for an unknown dataset, files that are missing and cannot be fetched, a split
-    file that is not one, and a split that names images that are not there.
+    file that is not one, a split that names images that are not there, a class without images.
     """
     if dataset in shapes.DATASETS:
         lists = {
-            name: [Item(path, label) for path, label in items]
-            for name, items in shapes.split(dataset).items()
+            part: [Item(*entry) for entry in items] for part, items in shapes.split(dataset).items()
         }
         return Split(dataset, None, "shapes", shapes.DOWNSTREAM, **lists)
     if dataset not in DATASETS:
+        if Path(dataset).is_dir():
+            return _check(_own_folder(dataset))
         known = [*shapes.DATASETS, *DATASETS]
         raise BadInput(
-            f"unknown dataset {dataset!r}{nearest(dataset, known)}; there are {', '.join(known)}"
+            f"unknown dataset {dataset!r}{nearest(dataset, known)}: neither a folder nor one of"
+            f" {', '.join(known)}"
         )
     row = DATASETS[dataset]
-    folder = Path(root) / row["folder"]
-    if not (folder / row["images"]).is_dir():
+    folder = Path(root) / row.folder
+    if dataset.startswith("imagenet"):
+        return _check(_imagenet(dataset, row, folder))
+    if not (folder / row.images).is_dir():
         _fetch_images(row, folder)
-    if not (folder / row["split"]).is_file():
+    if dataset == "fgvc_aircraft":
+        return _present(_check(_aircraft(dataset, row, folder)))
+    if not (folder / row.split).is_file():
         try:
             _fetch_split(row, folder)
         except BadInput as error:
+            if not row.class_names:
+                raise
             print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
             print("  NOT comparable with the field's")
-            return _check(_seeded_split(dataset, row, folder))
-    return _check(_read_split(dataset, row, folder))
+            return _check(_seeded_split(dataset, folder, row.images, row.class_names))
+    return _present(_check(_read_split(dataset, row, folder)))
 
 
 def _read_split(dataset, row, folder):
     """A `split_zhou_*.json`: {"train" | "val" | "test": [[path, label, class name], ...]}."""
-    file = folder / row["split"]
+    file = folder / row.split
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         lists = {
-            name: [Item(f"{row['images']}/{path}", int(label)) for path, label, _ in content[name]]
-            for name in ("train", "val", "test")
+            part: [
+                Item((Path(row.images) / path).as_posix(), int(label))
+                for path, label, _ in content[part]
+            ]
+            for part in PARTS
         }
-        names = {int(label): str(name) for part in lists for _, label, name in content[part]}
-    except (ValueError, KeyError, TypeError) as error:
+        names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
             " delete it to have it fetched again"
         ) from error
     if sorted(names) != list(range(len(names))):
         raise BadInput(f"{file}: the labels must run from 0 without gaps, found {sorted(names)}")
-    class_names = [names[label].replace("_", " ") for label in range(len(names))]
+    class_names = [_readable(names[label]) for label in range(len(names))]
     return Split(dataset, folder, "coop", class_names, **lists)
 
 
-def _seeded_split(dataset, row, folder):
+def _aircraft(dataset, row, folder):
+    """FGVC Aircraft's official lists: variants.txt has the class names in the labels' order."""
+    class_names = _lines(folder / "variants.txt")
+    labels = {name: label for label, name in enumerate(class_names)}
+    lists = {}
+    for part in PARTS:
+        file = folder / f"images_variant_{part}.txt"
+        pairs = [line.split(" ", 1) for line in _lines(file)]  # image number, variant
+        unknown = [pair for pair in pairs if pair[-1] not in labels]
+        if unknown:
+            raise BadInput(f"{file}: {' '.join(unknown[0])!r} names no variant of variants.txt")
+        lists[part] = [Item(f"{row.images}/{number}.jpg", labels[name]) for number, name in pairs]
+    return Split(dataset, folder, "coop", class_names, **lists)
+
+
+def _imagenet(dataset, row, folder):
+    """ImageNet and its test-only variants: a folder a class, named by synset (by line number in
+    ImageNetV2), with names from classnames.txt, the variant's own or ImageNet's."""
+    images = folder / row.images
+    if not images.is_dir():
+        raise BadInput(
+            f"no images at {images}, and {dataset} cannot be fetched: put there {row.origin}"
+        )
+    file = folder / "classnames.txt"
+    if not file.is_file():
+        file = folder.parent / DATASETS["imagenet"].folder / "classnames.txt"
+        if not file.is_file():
+            _fetch_classnames(file)
+    pairs = [line.split(" ", 1) for line in _lines(file)]  # synset, name
+    if dataset == "imagenetv2":
+        pairs = [(str(number), pair[-1]) for number, pair in enumerate(pairs)]
+    names = {pair[0]: pair[-1] for pair in pairs}
+    test = f"{row.images}/val" if dataset == "imagenet" else row.images
+    classes = _class_folders(folder / test)
+    classes.sort(key=int if dataset == "imagenetv2" and all(map(str.isdigit, classes)) else None)
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise BadInput(f"{file} has no name for the folder {folder / test / unknown[0]}")
+    lists = {"train": [], "val": [], "test": _listed(folder, test, classes)}
+    if dataset == "imagenet":
+        # CoOp takes the file names of a class in the disk's order; sorted, the samples are ours.
+        lists["train"] = _listed(folder, f"{row.images}/train", classes)
+    return Split(dataset, folder, "coop", [names[name] for name in classes], **lists)
+
+
+def _own_folder(dataset):
+    """`<class>/*`, or `{train,val,test}/<class>/*` where val may be absent."""
+    folder = Path(dataset)
+    given = [part for part in PARTS if (folder / part).is_dir()]
+    if not given:
+        return _seeded_split(dataset, folder, "")
+    if "train" not in given or "test" not in given:
+        raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
+    classes = sorted({*_class_folders(folder / "train"), *_class_folders(folder / "test")})
+    lists = {part: _listed(folder, part, classes) for part in PARTS}
+    return Split(dataset, folder, "folder", [_readable(name) for name in classes], **lists)
+
+
+def _seeded_split(dataset, folder, images, class_names=()):
     """A split of our own from one folder a class: 50% train, 20% val, 30% test of each.
 
-    Always seed 0, whatever --seed is, on sorted paths: every run has the same test images.
+    Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
     """
-    rng, lists, class_names = random.Random(0), {"train": [], "val": [], "test": []}, []
-    images = folder / row["images"]
-    for label, directory in enumerate(sorted(d for d in images.iterdir() if d.is_dir())):
-        class_names.append(row["class_names"].get(directory.name, directory.name))
-        paths = sorted(p.relative_to(folder).as_posix() for p in directory.iterdir())
-        rng.shuffle(paths)
-        first, second = round(0.5 * len(paths)), round(0.5 * len(paths)) + round(0.2 * len(paths))
-        parts = {"train": paths[:first], "val": paths[first:second], "test": paths[second:]}
-        for name, part in parts.items():
-            lists[name] += [Item(path, label) for path in part]
-    return Split(dataset, folder, "seeded", class_names, **lists)
+    lists = {part: [] for part in PARTS}
+    classes = _class_folders(folder / images)
+    for label, name in enumerate(classes):
+        items = [item._replace(label=label) for item in _listed(folder, images, [name])]
+        random.Random(0).shuffle(items)
+        n_train, n_val = round(0.5 * len(items)), round(0.2 * len(items))
+        lists["train"] += items[:n_train]
+        lists["val"] += items[n_train : n_train + n_val]
+        lists["test"] += items[n_train + n_val :]
+    names = list(class_names) or [_readable(name) for name in classes]
+    return Split(dataset, folder, "seeded", names, **lists)
+
+
+def _class_folders(folder):
+    """The names of the folders below `folder`, sorted; hidden ones are not classes."""
+    if not folder.is_dir():
+        return []
+    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
+
+
+def _listed(folder, below, classes):
+    """The image files of each class folder in `folder / below`, in sorted order."""
+    return [
+        Item(f"{below}/{name}/{file}".lstrip("/"), label)
+        for label, name in enumerate(classes)
+        if (folder / below / name).is_dir()
+        for file in sorted(os.listdir(folder / below / name))
+        if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    ]
+
+
+def _readable(name):
+    return " ".join(name.replace("_", " ").split())
+
+
+def _lines(file):
+    """The lines of a text file, without empty ones."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _check(split):
     """The split; raises BadInput if an image is absent or a class has none in train or test."""
-    for part in ("train", "test"):
+    where = split.folder
+    if not split.class_names:
+        raise BadInput(f"no class folders in {where}: expected {where}/<class>/<image>")
+    parts = [part for part in PARTS if getattr(split, part)]
+    if not parts:
+        raise BadInput(f"no images in {where}: expected {where}/<class>/<image>")
+    if len(split.class_names) == 1:
+        raise BadInput(
+            f"{where} has one class only, {split.class_names[0]!r}: nothing to tell apart"
+        )
+    test_only = parts == ["test"] and split.source == "coop"
+    for part in ["test"] if test_only else ["train", "test"]:
         present = {item.label for item in getattr(split, part)}
         for label, name in enumerate(split.class_names):
             if label not in present:
                 raise BadInput(f"{split.dataset}: the class {name!r} has no image in {part}")
+    return split
+
+
+def _present(split):
+    """The split; raises BadInput if it names images that are not there."""
     everything = [*split.train, *split.val, *split.test]
     missing = [i.path for i in everything if not os.path.isfile(split.folder / i.path)]
     if missing:
@@ -190,42 +431,83 @@ def _check(split):
 # Whatever is fetched arrives under a temporary name, is checked, and is renamed last: what
 # stands in the layout is whole.
 
+FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
+
 
 def _fetch_images(row, folder):
-    (url, md5), target = row["archive"], folder / row["images"]
+    """Fetches the archive; its image folder, and what lies beside that, go to `folder`."""
+    target = folder / row.images
+    if not row.archive:
+        raise BadInput(f"no images at {target}, and they cannot be fetched: put there {row.origin}")
+    url, md5 = row.archive
     print(f"{target} is not there: fetching {url}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            download_url(url, scratch, Path(url).name, md5)
-            extract_archive(f"{scratch}/{Path(url).name}", f"{scratch}/files")
-            Path(scratch, "files", row["images"]).rename(target)
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+            archive, files = Path(scratch, "archive" + _suffix(url)), Path(scratch, "files")
+            download_url(url, scratch, archive.name, md5)
+            extract_archive(archive, files)
+            for inner in files.rglob("*.tar.gz"):  # Caltech 101 comes as archives in an archive
+                extract_archive(inner, inner.parent)
+            found = [p for p in files.rglob(row.images) if p.is_dir()]
+            if not found:
+                raise RuntimeError(f"the archive holds no folder {row.images}")
+            images = min(found, key=lambda path: len(path.parts))
+            for beside in images.parent.iterdir():
+                if beside != images and not (folder / beside.name).exists():
+                    beside.rename(folder / beside.name)
+            images.rename(target)
+    except (*FAILURES, gdown.exceptions.DownloadError) as error:
         for empty in (folder, folder.parent):
             with contextlib.suppress(OSError):
                 empty.rmdir()  # refuses where there is anything
         raise BadInput(
-            f"no images at {target}, and fetching {url} failed ({error}): unpack that archive in"
-            f" {folder} by hand, or point --data at the folder that holds {row['folder']}/"
+            f"no images at {target}, and fetching {url} failed ({_first_line(error)}): unpack that"
+            f" archive in {folder} by hand, or point --data at the folder that holds {row.folder}/"
+        ) from error
+
+
+def _fetch_file(drive_id, target, check):
+    """Fetches one file from Google Drive. check: raises BadInput if the file at a path is not
+    what it should be."""
+    print(f"{target} is not there: fetching it from Google Drive")
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
+            download_file_from_google_drive(drive_id, scratch, target.name)
+            check(Path(scratch, target.name))
+            Path(scratch, target.name).rename(target)
+    except (BadInput, *FAILURES, gdown.exceptions.DownloadError) as error:
+        raise BadInput(
+            f"no file {target}, and fetching it failed ({_first_line(error)}):"
+            f" put https://drive.google.com/file/d/{drive_id} there by hand"
         ) from error
 
 
 def _fetch_split(row, folder):
-    target = folder / row["split"]
-    print(f"{target} is not there: fetching it from Google Drive")
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            download_file_from_google_drive(row["drive_id"], scratch, row["split"])
-            split = _read_split("", row | {"split": f"{Path(scratch).name}/{row['split']}"}, folder)
-            counts = len(split.train), len(split.val), len(split.test)
-            if counts != row["counts"]:
-                raise BadInput(f"it lists {counts} images instead of {row['counts']}")
-            Path(scratch, row["split"]).rename(target)
-    except (BadInput, OSError, RuntimeError, gdown.exceptions.DownloadError) as error:
-        raise BadInput(
-            f"no split at {target}, and fetching it failed ({str(error).splitlines()[0]}):"
-            f" put https://drive.google.com/file/d/{row['drive_id']} there by hand"
-        ) from error
+    def check(file):
+        split = _read_split("", replace(row, split=file.relative_to(folder)), folder)
+        counts = len(split.train), len(split.val), len(split.test)
+        if counts != row.counts:
+            raise BadInput(f"it lists {counts} images instead of {row.counts}")
+
+    _fetch_file(row.drive_id, folder / row.split, check)
+
+
+def _fetch_classnames(target):
+    def check(file):
+        if len(_lines(file)) != 1000:
+            raise BadInput(f"it has {len(_lines(file))} lines instead of 1000")
+
+    _fetch_file(DATASETS["imagenet"].drive_id, target, check)
+
+
+def _suffix(url):
+    """What an archive is, by its address; Google Drive's one archive is a zip file."""
+    return next((end for end in (".tar.gz", ".tgz", ".zip") if url.endswith(end)), ".zip")
+
+
+def _first_line(error):
+    return str(error).split("\n")[0]
 
 
 # -------------------------------------------------------------------------- samples, subsets
@@ -298,6 +580,8 @@ def open_image(split, path):
         return shapes.draw_path(split.dataset, path)
     try:
         with Image.open(split.folder / path) as image:
+            if split.source != "coop":  # the field leaves photos as the camera held them
+                image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read the image {split.folder / path}: {error}") from error
@@ -351,7 +635,7 @@ def image_features(model, fingerprint, split, items, views=None, what="images"):
     # Everything that a feature depends on: the folder's name has the weights and the preprocessing,
     # a row's key has the image and the view.
     how = [fingerprint, str(transform), device.type, PIL.__version__, torchvision.__version__]
-    folder = CACHE / split.dataset / hashlib.sha256("|".join(how).encode()).hexdigest()[:16]
+    folder = CACHE / split.name / hashlib.sha256("|".join(how).encode()).hexdigest()[:16]
     keys = [
         hashlib.blake2b(f"{_identity(split, path)}|{view}".encode(), digest_size=16).digest()
         for path, view in wanted
@@ -389,8 +673,9 @@ def _identity(split, path):
     """What tells an image from its changed self: size and time of its file, or how it is drawn."""
     if split.folder is None:
         return f"{path}|{shapes.SOURCE_HASH}"
-    stat = os.stat(split.folder / path)
-    return f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+    file = split.folder.resolve() / path
+    stat = os.stat(file)
+    return f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def _load_rows(folder, keys):

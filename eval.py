@@ -79,7 +79,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         **measured,
         "router": plots.router_table(split, weights),
     }
-    name = f"{dataset}_{classes}"
+    name = f"{split.name}_{classes}"
     scratch = folder / f"eval_{name}.tmp"
     scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     scratch.replace(folder / f"eval_{name}.json")
@@ -90,7 +90,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     sheet = folder / f"samples_{name}.png"
     plots.samples_picture(split, images, weights[some], answers[some], columns, sheet)
     print(
-        f"{dataset}, {classes} classes, {len(split.test):,} images: {config['method']}"
+        f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
     )
     print(f"saved in {folder}: eval_{name}.json, eval_{name}.png, samples_{name}.png")
@@ -127,7 +127,7 @@ def table(folder):
             row["accuracy"][config["seed"]] = result[key]
             for evaluation in evaluations:
                 target, classes = evaluation["dataset"], evaluation["classes"]
-                column = target if target != config["dataset"] else classes
+                column = target if target != Path(config["dataset"]).name else classes
                 if column != config["classes"]:
                     row[column][config["seed"]] = evaluation[key]
 

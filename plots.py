@@ -20,7 +20,7 @@ def router_table(split, weights):
     """
     if split.folder is None:
         kinds = [shapes.style_of(item.path) for item in split.test]
-        rows = list(shapes.DATASETS[split.dataset])
+        rows = shapes.DATASETS[split.dataset]
     else:
         kinds = [split.class_names[item.label] for item in split.test]
         rows = split.class_names

@@ -175,7 +175,7 @@ def resolve(args):
     if config["out"] is None:
         label = method_label(config, len(groups))
         run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
-        config["out"] = str(Path("out", config["dataset"], run))
+        config["out"] = str(Path("out", Path(config["dataset"]).name, run))
     return config, groups, Path(config["out"]), resume
 
 
@@ -254,7 +254,7 @@ def measure(clip_model, model, split, items, features):
 def describe(config, split, model, n_train):
     """The part of `result.json` that says what was run and on what."""
     return {
-        "dataset": split.dataset,
+        "dataset": split.name,
         "classes": config["classes"],
         "shots": config["shots"],
         "seed": config["seed"],
@@ -266,6 +266,9 @@ def describe(config, split, model, n_train):
         "n_train": n_train,
         "n_test": len(split.test),
         "split": split.source,
+        "few_shot_samples": "coop"
+        if split.source == "coop" and split.name != "imagenet"
+        else "own",
     }
 
 
@@ -366,7 +369,9 @@ def train(config, groups, folder, resume):
     state = open_run(folder, config, resume)
     complete = load_split(config["dataset"], config["data"])
     if not complete.train:
-        raise BadInput(f"{config['dataset']} is a test set: evaluate a run on it with eval.py")
+        raise BadInput(
+            f"{config['dataset']} has no training images: it is for eval.py RUN --dataset"
+        )
     sample = few_shot(complete, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
     clip_model, fingerprint = load_clip(config["clip"], device)

@@ -312,7 +312,8 @@ def server(eurosat, tmp_path):
 def use_server(monkeypatch, folder, address, drive=None, counts=(80, 50, 30), md5=None):
     """Points the table's row at the server, and Google Drive at `drive`, a function."""
     md5 = md5 or calculate_md5(folder / "EuroSAT.zip")
-    row = data.DATASETS["eurosat"] | {"archive": (f"{address}/EuroSAT.zip", md5), "counts": counts}
+    archive = (f"{address}/EuroSAT.zip", md5)
+    row = data.replace(data.DATASETS["eurosat"], archive=archive, counts=counts)
     monkeypatch.setitem(data.DATASETS, "eurosat", row)
 
     def no_network(*args):

@@ -1,0 +1,396 @@
+"""All layouts of the table, folders of one's own, and what is fetched."""
+
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import draw_image
+from PIL import Image
+
+import data
+import eval
+from backbone import BadInput
+from data import few_shot, load_split, open_image, select_classes
+
+SHARED = Path(__file__).parents[2] / "shared"
+SPLIT_DATASETS = [name for name, row in data.DATASETS.items() if row.split]
+VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
+SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
+NAMES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark"]
+VARIANT_ROOTS = {
+    "imagenetv2": "imagenetv2/imagenetv2-matched-frequency-format-val",
+    "imagenet_sketch": "imagenet-sketch/images",
+    "imagenet_a": "imagenet-adversarial/imagenet-a",
+    "imagenet_r": "imagenet-rendition/imagenet-r",
+}
+# The layout of CoOp's DATASETS.md, written down apart from the code's table.
+LAYOUTS = {
+    "caltech101": ("caltech-101/101_ObjectCategories", "caltech-101/split_zhou_Caltech101.json"),
+    "oxford_pets": ("oxford_pets/images", "oxford_pets/split_zhou_OxfordPets.json"),
+    "stanford_cars": ("stanford_cars", "stanford_cars/split_zhou_StanfordCars.json"),
+    "oxford_flowers": ("oxford_flowers/jpg", "oxford_flowers/split_zhou_OxfordFlowers.json"),
+    "food101": ("food-101/images", "food-101/split_zhou_Food101.json"),
+    "sun397": ("sun397/SUN397", "sun397/split_zhou_SUN397.json"),
+    "dtd": ("dtd/images", "dtd/split_zhou_DescribableTextures.json"),
+    "eurosat": ("eurosat/2750", "eurosat/split_zhou_EuroSAT.json"),
+    "ucf101": ("ucf101/UCF-101-midframes", "ucf101/split_zhou_UCF101.json"),
+}
+
+
+def make_layout(root, dataset):
+    """A small tree of the dataset, 5 classes: 3 train, 2 val, 2 test images each (ImageNet: 3
+    train, 2 val), the variants 2 test images."""
+    if dataset in LAYOUTS:
+        images, split_file = LAYOUTS[dataset]
+        split = {"train": [], "val": [], "test": []}
+        for label in range(5):
+            for part, n in (("train", 3), ("val", 2), ("test", 2)):
+                for i in range(n):
+                    path = f"Class_{label}/{part}_{i}.jpg"
+                    draw_image(root / images / path, path)
+                    split[part].append([path, label, f"Some_class {label}"])
+        (root / split_file).write_text(json.dumps(split))
+    elif dataset == "fgvc_aircraft":
+        variants = ["707-320", "A300B4", "Boeing 717", "C-130", "Tu-154"]
+        folder, number = root / "fgvc_aircraft", 0
+        folder.mkdir(parents=True)
+        (folder / "variants.txt").write_text("\n".join(variants) + "\n")
+        for part, n in (("train", 3), ("val", 2), ("test", 2)):
+            lines = []
+            for name in variants * n:
+                draw_image(folder / f"images/{number:07d}.jpg", number)
+                lines.append(f"{number:07d} {name}\n")
+                number += 1
+            (folder / f"images_variant_{part}.txt").write_text("".join(lines))
+    else:
+        (root / "imagenet").mkdir(parents=True, exist_ok=True)
+        lines = [f"{synset} {name}" for synset, name in zip(SYNSETS, NAMES)]
+        (root / "imagenet/classnames.txt").write_text("\n".join(lines))
+        if dataset == "imagenet":
+            for synset in SYNSETS:
+                for path in [f"train/{synset}/{synset}_{i}.JPEG" for i in range(3)] + [
+                    f"val/{synset}/ILSVRC2012_val_{i}.JPEG" for i in range(2)
+                ]:
+                    draw_image(root / "imagenet/images" / path, path)
+        else:
+            folders = range(5) if dataset == "imagenetv2" else SYNSETS
+            for folder in folders:
+                for i in range(2):
+                    path = root / VARIANT_ROOTS[dataset] / f"{folder}/{i}.jpg"
+                    draw_image(path, f"{folder}{i}")
+            (root / VARIANT_ROOTS[dataset] / "README.txt").write_text("not a class")
+
+
+@pytest.mark.parametrize("dataset", data.DATASETS)
+def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_file):
+    root = tmp_path / "data"
+    make_layout(root, dataset)
+    split = load_split(dataset, root)
+    assert split.source == "coop" and len(split.class_names) == 5
+    n_train = 0 if dataset in VARIANTS else 15
+    assert (len(split.train), len(split.test)) == (n_train, 10)
+    assert len(split.val) == (0 if dataset.startswith("imagenet") else 10)
+    for label in range(5):
+        assert sum(item.label == label for item in split.test) == 2
+    assert all((split.folder / item.path).is_file() for item in split.train + split.test)
+    base, new = select_classes(split, "base"), select_classes(split, "new")
+    assert base.class_names + new.class_names == split.class_names
+    assert (len(base.test), len(new.test)) == (6, 4)
+
+    trained_on = "imagenet" if dataset in VARIANTS else dataset
+    make_layout(root, "imagenet")
+    flags = f"--dataset {trained_on} --shots 1 --epochs 1 --views 1 --data {root}"
+    result = run_train(flags, "--clip", random_clip_file)
+    assert (result["n_train"], result["n_test"]) == (5, 10)
+    assert result["few_shot_samples"] == ("own" if trained_on == "imagenet" else "coop")
+    if dataset in VARIANTS:
+        elsewhere = eval.evaluate(tmp_path / "run", dataset=dataset)
+        assert elsewhere["dataset"] == dataset and elsewhere["n_test"] == 10
+        with pytest.raises(BadInput, match=f"{dataset} has no training images"):
+            run_train(f"--dataset {dataset} --data {root} --out", tmp_path / "no")
+
+
+@pytest.mark.parametrize("dataset", SPLIT_DATASETS)
+def test_class_names_are_read_from_the_split_without_underscores(dataset, tmp_path):
+    make_layout(tmp_path, dataset)
+    assert load_split(dataset, tmp_path).class_names == [f"Some class {i}" for i in range(5)]
+
+
+def test_aircraft_names_come_from_variants_txt_in_its_order(tmp_path):
+    make_layout(tmp_path, "fgvc_aircraft")
+    split = load_split("fgvc_aircraft", tmp_path)
+    assert split.class_names == ["707-320", "A300B4", "Boeing 717", "C-130", "Tu-154"]
+    assert split.train[2] == ("images/0000002.jpg", 2)
+    (tmp_path / "fgvc_aircraft/images_variant_val.txt").write_text("0000001 Concorde\n")
+    with pytest.raises(BadInput, match="'0000001 Concorde' names no variant"):
+        load_split("fgvc_aircraft", tmp_path)
+
+
+def test_imagenet_labels_are_sorted_synsets_with_names_from_classnames_txt(tmp_path):
+    make_layout(tmp_path, "imagenet")
+    split = load_split("imagenet", tmp_path)
+    assert split.class_names == NAMES
+    assert split.train[3] == ("images/train/n01443537/n01443537_0.JPEG", 1)
+    assert [item.path for item in split.test] == sorted(item.path for item in split.test)
+
+
+def test_imagenetv2_folders_are_numbers_not_strings(tmp_path):
+    make_layout(tmp_path, "imagenetv2")
+    names = [f"n{i:08d} name {i}" for i in range(12)]
+    (tmp_path / "imagenet/classnames.txt").write_text("\n".join(names))
+    for number in range(12):
+        path = tmp_path / VARIANT_ROOTS["imagenetv2"] / f"{number}/0.jpg"
+        draw_image(path, number)
+    split = load_split("imagenetv2", tmp_path)
+    assert split.class_names == [f"name {i}" for i in range(12)]  # 2 before 10
+    assert [i.label for i in split.test if "/10/" in i.path] == [10]
+
+
+def test_a_variant_reads_its_own_classnames_first_and_keeps_its_own_classes(tmp_path):
+    make_layout(tmp_path, "imagenet_a")
+    shutil.rmtree(tmp_path / VARIANT_ROOTS["imagenet_a"] / SYNSETS[1])
+    assert load_split("imagenet_a", tmp_path).class_names == [NAMES[0], *NAMES[2:]]
+    lines = [f"{synset} my {name}" for synset, name in zip(SYNSETS, NAMES)]
+    (tmp_path / "imagenet-adversarial/classnames.txt").write_text("\n".join(lines))
+    assert load_split("imagenet_a", tmp_path).class_names[0] == "my tench"
+    (tmp_path / "imagenet-adversarial/classnames.txt").write_text("n0 nothing")
+    with pytest.raises(BadInput, match="has no name for the folder .*n01440764"):
+        load_split("imagenet_a", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", *VARIANTS, "stanford_cars"])
+def test_what_cannot_be_fetched_is_explained_with_the_tree_expected(dataset, tmp_path):
+    with pytest.raises(BadInput) as error:
+        load_split(dataset, tmp_path)
+    said = str(error.value)
+    assert "cannot be fetched: put there" in said and "*" in said or "CoOp" in said
+    assert str(tmp_path) in said and "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------- the field's files, where they are
+
+REAL = {
+    "caltech101": ("Caltech101", "caltech101", 100),
+    "dtd": ("DescribableTextures", "dtd", 47),
+    "eurosat": ("EuroSAT", "eurosat", 10),
+    "oxford_flowers": ("OxfordFlowers", "oxford_flowers", 102),
+    "oxford_pets": ("OxfordPets", "oxford_pets", 37),
+    "stanford_cars": ("StanfordCars", "stanford_cars", 196),
+    "ucf101": ("UCF101", "ucf101", 101),
+}
+
+
+@pytest.mark.parametrize("dataset", REAL)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real split files are not beside this clone")
+def test_real_splits_have_their_counts_and_give_the_fields_samples(dataset):
+    name, sample, n_classes = REAL[dataset]
+    row = data.DATASETS[dataset]
+    split = data._read_split(dataset, row, SHARED / "splits")
+    assert row.split == f"split_zhou_{name}.json"
+    assert (len(split.train), len(split.val), len(split.test)) == row.counts
+    assert len(split.class_names) == n_classes and not any("_" in n for n in split.class_names)
+    expected = json.loads((SHARED / f"fewshot/{sample}_seed1.json").read_text())
+    for shots in ("1", "4", "16"):
+        drawn = few_shot(split, int(shots), 1)
+        assert [list(item) for item in drawn.train] == expected[shots]["train"]
+        assert [list(item) for item in drawn.val] == expected[shots]["val"]
+
+
+# -------------------------------------------------------------------------- a folder of one's own
+
+
+def make_folder(root, classes, n=10, below=""):
+    for name in classes:
+        for i in range(n):
+            draw_image(root / below / name / f"{i}.jpg", f"{below}{name}{i}")
+    return root
+
+
+def test_a_folder_a_class_is_split_50_20_30_whatever_the_seed(
+    tmp_path, run_train, random_clip_file
+):
+    folder = make_folder(tmp_path / "my photos", ["café_noir", "thé vert", "eau"])
+    split = load_split(str(folder), "unused")
+    assert split.class_names == ["café noir", "eau", "thé vert"] and split.source == "seeded"
+    for part, n in (("train", 5), ("val", 2), ("test", 3)):
+        labels = [item.label for item in getattr(split, part)]
+        assert labels == sorted(labels) and all(labels.count(c) == n for c in range(3))
+    assert split == load_split(str(folder), "unused")
+    flags = "--shots 4 --epochs 1 --seed 7 --clip"
+    result = run_train(flags, random_clip_file, "--dataset", folder)
+    assert result["dataset"] == "my photos" and result["split"] == "seeded"
+    assert result["n_prompts"] == 4  # SUN397's general groups
+    assert (result["n_train"], result["n_test"]) == (12, 9)
+
+
+def test_a_class_more_leaves_the_others_images_where_they_were(tmp_path):
+    folder = make_folder(tmp_path / "photos", ["cat", "dog"])
+    before = load_split(str(folder), "")
+    make_folder(folder, ["bird"])
+    after = load_split(str(folder), "")
+    assert {i.path for i in before.test} == {i.path for i in after.test if "bird" not in i.path}
+
+
+def test_given_train_and_test_folders_are_kept(tmp_path):
+    for part, n in (("train", 4), ("val", 2), ("test", 3)):
+        make_folder(tmp_path / "photos", ["cat", "dog"], n, part)
+    split = load_split(str(tmp_path / "photos"), "")
+    assert (len(split.train), len(split.val), len(split.test)) == (8, 4, 6)
+    assert split.source == "folder" and split.test[0] == ("test/cat/0.jpg", 0)
+    shutil.rmtree(tmp_path / "photos/val")
+    assert load_split(str(tmp_path / "photos"), "").val == []
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    folder = make_folder(tmp_path / "photos", ["cat", "dog"])
+    base = Image.open(folder / "cat/0.jpg")
+    base.convert("L").save(folder / "cat/grey.png")
+    base.convert("P").save(folder / "cat/palette.gif")
+    base.convert("RGBA").save(folder / "cat/alpha.webp")
+    base.convert("CMYK").save(folder / "cat/print.tif")
+    base.convert("1").save(folder / "cat/bits.bmp")
+    (folder / "cat/notes.txt").write_text("not an image")
+    (folder / "cat/.DS_Store").write_text("nor this")
+    split = load_split(str(folder), "")
+    items = [i for i in split.train + split.val + split.test if i.label == 0]
+    assert len(items) == 15
+    assert {open_image(split, item.path).mode for item in items} == {"RGB"}
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
+    folder = make_folder(tmp_path / "photos", ["cat", "dog"])
+    photo = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+    photo.save(folder / "cat/turned.jpg", exif=exif)
+    split = load_split(str(folder), "")
+    assert open_image(split, "cat/turned.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "classes, n, said",
+    [
+        ([], 0, "no class folders in"),
+        (["cat"], 10, "has one class only, 'cat'"),
+        (["cat", "dog"], 1, "the class 'cat' has no image in train"),
+    ],
+)
+def test_folders_that_cannot_be_learned_from_are_refused(tmp_path, classes, n, said):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(BadInput, match=said):
+        load_split(str(make_folder(tmp_path / "photos", classes, n)), "")
+
+
+def test_empty_classes_and_missing_parts_are_named(tmp_path):
+    folder = make_folder(tmp_path / "photos", ["cat", "dog"])
+    (folder / "empty").mkdir()
+    with pytest.raises(BadInput, match="the class 'empty' has no image in train"):
+        load_split(str(folder), "")
+    (tmp_path / "bare/cat").mkdir(parents=True)
+    (tmp_path / "bare/dog").mkdir()
+    with pytest.raises(BadInput, match="no images in"):
+        load_split(str(tmp_path / "bare"), "")
+    make_folder(tmp_path / "half", ["cat", "dog"], 2, "train")
+    with pytest.raises(BadInput, match="needs both train/ and test/"):
+        load_split(str(tmp_path / "half"), "")
+
+
+# ---------------------------------------------------------------------------------- fetching
+
+
+def serve(monkeypatch, dataset, archive, drive=None):
+    """Puts `archive` and `drive`, a function, in place of the network."""
+
+    def download(url, folder, name, md5):
+        assert url == data.DATASETS[dataset].archive[0]
+        shutil.copy(archive, Path(folder, name))
+
+    def refuse(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "download_url", download)
+    monkeypatch.setattr(data, "download_file_from_google_drive", drive or refuse)
+
+
+def pack(archive, root):
+    """Everything below `root` as a .tar.gz or .zip file."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in root.rglob("*"):
+                file.write(path, path.relative_to(root))
+    else:
+        with tarfile.open(archive, "w:gz") as file:
+            for path in root.iterdir():
+                file.add(path, path.name)
+    return archive
+
+
+def drive_copying(split_file):
+    return lambda drive_id, folder, name: shutil.copy(split_file, Path(folder, name))
+
+
+def test_caltech_comes_as_an_archive_in_an_archive(tmp_path, monkeypatch):
+    make_layout(tmp_path / "whole", "caltech101")
+    (tmp_path / "zip/caltech-101").mkdir(parents=True)
+    inner = tmp_path / "inner"
+    images = tmp_path / "whole/caltech-101/101_ObjectCategories"
+    shutil.copytree(images, inner / "101_ObjectCategories")
+    pack(tmp_path / "zip/caltech-101/101_ObjectCategories.tar.gz", inner)
+    archive = pack(tmp_path / "caltech-101.zip", tmp_path / "zip")
+    split_file = tmp_path / "whole/caltech-101/split_zhou_Caltech101.json"
+    serve(monkeypatch, "caltech101", archive, drive_copying(split_file))
+    counted = data.replace(data.DATASETS["caltech101"], counts=(15, 10, 10))
+    monkeypatch.setitem(data.DATASETS, "caltech101", counted)
+    fetched = load_split("caltech101", tmp_path / "new")
+    assert fetched.train == load_split("caltech101", tmp_path / "whole").train
+
+
+def test_what_lies_beside_the_images_comes_along(tmp_path, monkeypatch):
+    make_layout(tmp_path / "whole", "fgvc_aircraft")
+    shutil.copytree(tmp_path / "whole/fgvc_aircraft", tmp_path / "tar/fgvc-aircraft-2013b/data")
+    archive = pack(tmp_path / "fgvc-aircraft-2013b.tar.gz", tmp_path / "tar")
+    serve(monkeypatch, "fgvc_aircraft", archive)
+    fetched = load_split("fgvc_aircraft", tmp_path / "new")
+    assert fetched.train == load_split("fgvc_aircraft", tmp_path / "whole").train
+    found = sorted(p.name for p in (tmp_path / "new/fgvc_aircraft").iterdir())
+    assert found[0] == "images" and found[-1] == "variants.txt" and len(found) == 5
+
+
+def test_a_truncated_archive_is_never_half_used(tmp_path, monkeypatch):
+    make_layout(tmp_path / "whole", "dtd")
+    shutil.copytree(tmp_path / "whole/dtd", tmp_path / "tar/dtd")
+    archive = pack(tmp_path / "dtd-r1.0.1.tar.gz", tmp_path / "tar")
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    serve(monkeypatch, "dtd", archive)  # without its checksum, as if there were none
+    with pytest.raises(BadInput, match="no images at .*dtd.images, and fetching .* failed"):
+        load_split("dtd", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_archive_without_the_images_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "tar/other").mkdir(parents=True)
+    archive = pack(tmp_path / "dtd-r1.0.1.tar.gz", tmp_path / "tar")
+    serve(monkeypatch, "dtd", archive)
+    with pytest.raises(BadInput, match="the archive holds no folder images"):
+        load_split("dtd", tmp_path / "new")
+
+
+def test_imagenets_class_names_are_fetched_and_counted(tmp_path, monkeypatch):
+    make_layout(tmp_path, "imagenet")
+    names = tmp_path / "imagenet/classnames.txt"
+    thousand = tmp_path / "thousand.txt"
+    others = [f"n9{i:07d} thing {i}" for i in range(995)]
+    thousand.write_text("\n".join([*names.read_text().splitlines(), *others]))
+    names.rename(tmp_path / "five.txt")
+    monkeypatch.setattr(
+        data, "download_file_from_google_drive", drive_copying(tmp_path / "five.txt")
+    )
+    with pytest.raises(BadInput, match="it has 5 lines instead of 1000"):
+        load_split("imagenet", tmp_path)
+    monkeypatch.setattr(data, "download_file_from_google_drive", drive_copying(thousand))
+    assert load_split("imagenet", tmp_path).class_names == NAMES
+    assert names.read_text() == thousand.read_text()
