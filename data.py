@@ -60,15 +60,30 @@ class Row:
     counts: tuple = ()  # train, val and test images in the split
     archive: tuple = ()  # URL and MD5, torchvision's where it has one
     origin: str = ""  # where to get it by hand, if it cannot be fetched
-    class_names: tuple = ()  # readable names of the sorted image folders, if no split gives them
+    # Where each class has an image folder: readable names that differ from the folder's, None for
+    # a folder that is no class. A seeded split can then stand in for one that cannot be had.
+    folder_names: dict | None = None
 
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-EUROSAT_NAMES = (
-    *("Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"),
-    *("Industrial Buildings", "Pasture Land", "Permanent Crop Land", "Residential Buildings"),
-    *("River", "Sea or Lake"),
-)
+EUROSAT_NAMES = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+CALTECH_NAMES = {
+    "BACKGROUND_Google": None,
+    "Faces_easy": None,
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
+    "airplanes": "airplane",
+}
 
 DATASETS = {
     "caltech101": Row(
@@ -81,6 +96,7 @@ DATASETS = {
             "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
             "3138e1922a9193bfa496528edbbc45d0",
         ),
+        folder_names=CALTECH_NAMES,
     ),
     "oxford_pets": Row(
         "oxford_pets",
@@ -117,6 +133,7 @@ DATASETS = {
             "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
             "85eeb15f3717b99a5da872d97d918f87",
         ),
+        folder_names={},
     ),
     "fgvc_aircraft": Row(
         "fgvc_aircraft",
@@ -142,6 +159,7 @@ DATASETS = {
         "1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
         (2820, 1128, 1692),
         (f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
+        folder_names={},
     ),
     "eurosat": Row(
         "eurosat",
@@ -154,7 +172,7 @@ DATASETS = {
             "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
             "c8fa014336c82ac7804f0398fcb19387",
         ),
-        class_names=EUROSAT_NAMES,
+        folder_names=EUROSAT_NAMES,
     ),
     "ucf101": Row(
         "ucf101",
@@ -163,6 +181,7 @@ DATASETS = {
         "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
         (7639, 1898, 3783),
         ("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
+        folder_names={},
     ),
     "imagenet": Row(
         "imagenet",
@@ -255,11 +274,11 @@ def load_split(dataset, root):
         try:
             _fetch_split(row, folder)
         except BadInput as error:
-            if not row.class_names:
+            if row.folder_names is None:
                 raise
             print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
             print("  NOT comparable with the field's")
-            return _check(_seeded_split(dataset, folder, row.images, row.class_names))
+            return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
     return _present(_check(_read_split(dataset, row, folder)))
 
 
@@ -337,7 +356,7 @@ def _own_folder(dataset):
     folder = Path(dataset)
     given = [part for part in PARTS if (folder / part).is_dir()]
     if not given:
-        return _seeded_split(dataset, folder, "")
+        return _seeded_split(dataset, folder, "", {})
     if "train" not in given or "test" not in given:
         raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
     classes = sorted({*_class_folders(folder / "train"), *_class_folders(folder / "test")})
@@ -345,13 +364,15 @@ def _own_folder(dataset):
     return Split(dataset, folder, "folder", [_readable(name) for name in classes], **lists)
 
 
-def _seeded_split(dataset, folder, images, class_names=()):
+def _seeded_split(dataset, folder, images, folder_names):
     """A split of our own from one folder a class: 50% train, 20% val, 30% test of each.
 
     Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
+    folder_names: as in the table.
     """
     lists = {part: [] for part in PARTS}
-    classes = _class_folders(folder / images)
+    names = {name: folder_names.get(name, name) for name in _class_folders(folder / images)}
+    classes = [name for name, readable in names.items() if readable is not None]
     for label, name in enumerate(classes):
         items = [item._replace(label=label) for item in _listed(folder, images, [name])]
         random.Random(0).shuffle(items)
@@ -359,8 +380,8 @@ def _seeded_split(dataset, folder, images, class_names=()):
         lists["train"] += items[:n_train]
         lists["val"] += items[n_train : n_train + n_val]
         lists["test"] += items[n_train + n_val :]
-    names = list(class_names) or [_readable(name) for name in classes]
-    return Split(dataset, folder, "seeded", names, **lists)
+    readable = [_readable(names[name]) for name in classes]
+    return Split(dataset, folder, "seeded", readable, **lists)
 
 
 def _class_folders(folder):

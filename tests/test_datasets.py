@@ -349,6 +349,22 @@ def test_caltech_comes_as_an_archive_in_an_archive(tmp_path, monkeypatch):
     assert fetched.train == load_split("caltech101", tmp_path / "whole").train
 
 
+def test_without_caltechs_split_its_folders_are_the_classes_but_for_two(tmp_path, monkeypatch):
+    images = tmp_path / "caltech-101/101_ObjectCategories"
+    make_folder(images, ["BACKGROUND_Google", "Faces", "Faces_easy", "accordion", "airplanes"])
+    serve(monkeypatch, "caltech101", None)
+    split = load_split("caltech101", tmp_path)
+    assert split.source == "seeded" and split.class_names == ["face", "accordion", "airplane"]
+
+
+def test_without_a_split_and_class_folders_there_is_no_stand_in(tmp_path, monkeypatch):
+    make_layout(tmp_path, "oxford_pets")
+    (tmp_path / "oxford_pets/split_zhou_OxfordPets.json").unlink()
+    serve(monkeypatch, "oxford_pets", None)
+    with pytest.raises(BadInput, match="no file .*split_zhou_OxfordPets.json, and fetching it"):
+        load_split("oxford_pets", tmp_path)
+
+
 def test_what_lies_beside_the_images_comes_along(tmp_path, monkeypatch):
     make_layout(tmp_path / "whole", "fgvc_aircraft")
     shutil.copytree(tmp_path / "whole/fgvc_aircraft", tmp_path / "tar/fgvc-aircraft-2013b/data")
