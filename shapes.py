@@ -305,7 +305,7 @@ def _captions():
     for table in tables:
         length = max(int((rows > 0).sum(dim=1).max()) for rows in table.values())
         for key, rows in table.items():
-            table[key] = torch.searchsorted(token_ids, rows[:, :length])
+            table[key] = torch.searchsorted(token_ids, rows[:, :length].contiguous())
     return tables, token_ids
 
 
