@@ -40,10 +40,10 @@ def nearest(word, words):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def command(run):
+def exit_on_bad_input(main):
     """Runs a command line: bad input ends it with one line and exit status 2."""
     try:
-        run()
+        main()
     except BadInput as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Datasets: splits, few-shot samples, transforms, and image features encoded once.
+"""Datasets: where they lie, how they are split, and which few-shot images are drawn.
 
 A dataset is a row of DATASETS and a folder in the layout of CoOp's DATASETS.md, so the field's
 own data folder works as it is:
@@ -10,12 +10,10 @@ What is absent is fetched into that same layout, where it can be. A folder of on
 `<class>/*` or `{train,val,test}/<class>/*`, is a dataset as it is, and so is the embedded world
 (`shapes`, see shapes.py), only that its images are drawn instead of read.
 
-From top to bottom: the table, loading a split, fetching, few-shot samples, base and new classes,
-transforms, the feature cache.
+From top to bottom: the table, loading a split, fetching, few-shot samples, base and new classes.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -29,22 +27,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gdown
-import numpy as np
-import PIL
-import torch
-import torchvision
-import torchvision.transforms as T
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 from torchvision.datasets.utils import (
     download_file_from_google_drive,
     download_url,
     extract_archive,
 )
-from tqdm import tqdm
 
 import shapes
-from backbone import MEAN, STD, BadInput, nearest
+from backbone import BadInput, nearest
 
 # ---------------------------------------------------------------------------------- the table
 
@@ -89,10 +80,10 @@ DATASETS = {
     "caltech101": Row(
         "caltech-101",
         "101_ObjectCategories",
-        "split_zhou_Caltech101.json",
-        "1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
-        (4128, 1649, 2465),
-        (
+        split="split_zhou_Caltech101.json",
+        drive_id="1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
+        counts=(4128, 1649, 2465),
+        archive=(
             "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
             "3138e1922a9193bfa496528edbbc45d0",
         ),
@@ -101,35 +92,35 @@ DATASETS = {
     "oxford_pets": Row(
         "oxford_pets",
         "images",
-        "split_zhou_OxfordPets.json",
-        "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
-        (2944, 736, 3669),
-        (f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+        split="split_zhou_OxfordPets.json",
+        drive_id="1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
+        counts=(2944, 736, 3669),
+        archive=(f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
     ),
     "stanford_cars": Row(
         "stanford_cars",
         "",
-        "split_zhou_StanfordCars.json",
-        "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
-        (6509, 1635, 8041),
+        split="split_zhou_StanfordCars.json",
+        drive_id="1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
+        counts=(6509, 1635, 8041),
         origin="cars_train/*.jpg and cars_test/*.jpg, whose first home"
         " (ai.stanford.edu/~jkrause/cars) is closed: see CoOp's DATASETS.md",
     ),
     "oxford_flowers": Row(
         "oxford_flowers",
         "jpg",
-        "split_zhou_OxfordFlowers.json",
-        "1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
-        (4093, 1633, 2463),
-        (f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
+        split="split_zhou_OxfordFlowers.json",
+        drive_id="1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
+        counts=(4093, 1633, 2463),
+        archive=(f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
     ),
     "food101": Row(
         "food-101",
         "images",
-        "split_zhou_Food101.json",
-        "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
-        (50500, 20200, 30300),
-        (
+        split="split_zhou_Food101.json",
+        drive_id="1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
+        counts=(50500, 20200, 30300),
+        archive=(
             "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
             "85eeb15f3717b99a5da872d97d918f87",
         ),
@@ -144,10 +135,10 @@ DATASETS = {
     "sun397": Row(
         "sun397",
         "SUN397",
-        "split_zhou_SUN397.json",
-        "1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
-        (15880, 3970, 19850),
-        (
+        split="split_zhou_SUN397.json",
+        drive_id="1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
+        counts=(15880, 3970, 19850),
+        archive=(
             "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
             "8ca2778205c41d23104230ba66911c7a",
         ),
@@ -155,19 +146,19 @@ DATASETS = {
     "dtd": Row(
         "dtd",
         "images",
-        "split_zhou_DescribableTextures.json",
-        "1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
-        (2820, 1128, 1692),
-        (f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
+        split="split_zhou_DescribableTextures.json",
+        drive_id="1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
+        counts=(2820, 1128, 1692),
+        archive=(f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
         folder_names={},
     ),
     "eurosat": Row(
         "eurosat",
         "2750",
-        "split_zhou_EuroSAT.json",
-        "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
-        (13500, 5400, 8100),
-        (
+        split="split_zhou_EuroSAT.json",
+        drive_id="1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
+        counts=(13500, 5400, 8100),
+        archive=(
             "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
             "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
             "c8fa014336c82ac7804f0398fcb19387",
@@ -177,10 +168,10 @@ DATASETS = {
     "ucf101": Row(
         "ucf101",
         "UCF-101-midframes",
-        "split_zhou_UCF101.json",
-        "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
-        (7639, 1898, 3783),
-        ("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
+        split="split_zhou_UCF101.json",
+        drive_id="1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
+        counts=(7639, 1898, 3783),
+        archive=("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
         folder_names={},
     ),
     "imagenet": Row(
@@ -211,7 +202,12 @@ DATASETS = {
     ),
 }
 PARTS = ("train", "val", "test")
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())  # all that Pillow knows
+# All that Pillow can open, but for films and scientific containers that it only recognises.
+IMAGE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
+}
 
 
 class Item(NamedTuple):
@@ -235,7 +231,19 @@ class Split:
 
     @property
     def name(self):
-        return Path(self.dataset).name  # a folder of one's own goes by its last component
+        return dataset_name(self.dataset)
+
+    @property
+    def complete(self):
+        """Whether the lists are the field's own, image for image."""
+        row = DATASETS.get(self.dataset)
+        counts = len(self.train), len(self.val), len(self.test)
+        return self.source == "coop" and (not row.counts or counts == row.counts)
+
+
+def dataset_name(dataset):
+    """What a dataset goes by: a folder of one's own by the last component of its path."""
+    return dataset if dataset in (*shapes.DATASETS, *DATASETS) else Path(dataset).resolve().name
 
 
 # -------------------------------------------------------------------------------- the splits
@@ -269,7 +277,7 @@ def load_split(dataset, root):
     if not (folder / row.images).is_dir():
         _fetch_images(row, folder)
     if dataset == "fgvc_aircraft":
-        return _present(_check(_aircraft(dataset, row, folder)))
+        return _present(_check(_aircraft(dataset, row, folder)), row)
     if not (folder / row.split).is_file():
         try:
             _fetch_split(row, folder)
@@ -279,7 +287,7 @@ def load_split(dataset, root):
             print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
             print("  NOT comparable with the field's")
             return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
-    return _present(_check(_read_split(dataset, row, folder)))
+    return _present(_check(_read_split(dataset, row, folder)), row)
 
 
 def _read_split(dataset, row, folder):
@@ -295,7 +303,7 @@ def _read_split(dataset, row, folder):
             for part in PARTS
         }
         names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
             " delete it to have it fetched again"
@@ -423,6 +431,9 @@ def _check(split):
     parts = [part for part in PARTS if getattr(split, part)]
     if not parts:
         raise BadInput(f"no images in {where}: expected {where}/<class>/<image>")
+    twice = [name for name, n in Counter(split.class_names).items() if n > 1]
+    if twice and split.source != "coop":
+        raise BadInput(f"two folders in {where} stand for one class name, {twice[0]!r}")
     if len(split.class_names) == 1:
         raise BadInput(
             f"{where} has one class only, {split.class_names[0]!r}: nothing to tell apart"
@@ -436,7 +447,7 @@ def _check(split):
     return split
 
 
-def _present(split):
+def _present(split, row):
     """The split; raises BadInput if it names images that are not there."""
     everything = [*split.train, *split.val, *split.test]
     missing = [i.path for i in everything if not os.path.isfile(split.folder / i.path)]
@@ -445,6 +456,10 @@ def _present(split):
             f"{len(missing):,} of {len(everything):,} images of {split.dataset} are missing,"
             f" the first is {split.folder / missing[0]}"
         )
+    if not split.complete:
+        counts = len(split.train), len(split.val), len(split.test)
+        print(f"{split.dataset} lists {counts} images, the field's split {row.counts}: the numbers")
+        print("  are NOT comparable with the field's")
     return split
 
 
@@ -462,6 +477,7 @@ def _fetch_images(row, folder):
         raise BadInput(f"no images at {target}, and they cannot be fetched: put there {row.origin}")
     url, md5 = row.archive
     print(f"{target} is not there: fetching {url}")
+    made = [path for path in (folder, folder.parent) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
@@ -479,9 +495,9 @@ def _fetch_images(row, folder):
                     beside.rename(folder / beside.name)
             images.rename(target)
     except (*FAILURES, gdown.exceptions.DownloadError) as error:
-        for empty in (folder, folder.parent):
+        for empty in made:
             with contextlib.suppress(OSError):
-                empty.rmdir()  # refuses where there is anything
+                empty.rmdir()
         raise BadInput(
             f"no images at {target}, and fetching {url} failed ({_first_line(error)}): unpack that"
             f" archive in {folder} by hand, or point --data at the folder that holds {row.folder}/"
@@ -492,12 +508,17 @@ def _fetch_file(drive_id, target, check):
     """Fetches one file from Google Drive. check: raises BadInput if the file at a path is not
     what it should be."""
     print(f"{target} is not there: fetching it from Google Drive")
+    made = [path for path in (target.parent, target.parent.parent) if not path.exists()]
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
             download_file_from_google_drive(drive_id, scratch, target.name)
             check(Path(scratch, target.name))
             Path(scratch, target.name).rename(target)
     except (BadInput, *FAILURES, gdown.exceptions.DownloadError) as error:
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         raise BadInput(
             f"no file {target}, and fetching it failed ({_first_line(error)}):"
             f" put https://drive.google.com/file/d/{drive_id} there by hand"
@@ -560,39 +581,22 @@ def few_shot(split, shots, seed):
     return replace(split, train=train, val=val)
 
 
-def select_classes(split, classes):
-    """`all` classes, the `base` half (the first ceil(n / 2) labels) or the `new` rest.
-
-    Returns the split with the images and names of those classes, relabelled from 0.
-    """
-    n = len(split.class_names)
+def class_range(n, classes):
+    """The labels of `all` n classes, the `base` half (the first ceil(n / 2)), or the `new` rest."""
     half = (n + 1) // 2
-    labels = {"all": range(n), "base": range(half), "new": range(half, n)}[classes]
+    return {"all": range(n), "base": range(half), "new": range(half, n)}[classes]
+
+
+def select_classes(split, classes):
+    """The split with the images and names of `all`, `base` or `new` classes, labels from 0."""
+    labels = class_range(len(split.class_names), classes)
 
     def keep(items):
         return [Item(i.path, i.label - labels.start) for i in items if i.label in labels]
 
     names = [split.class_names[label] for label in labels]
-    lists = {part: keep(getattr(split, part)) for part in ("train", "val", "test")}
+    lists = {part: keep(getattr(split, part)) for part in PARTS}
     return replace(split, class_names=names, **lists)
-
-
-# -------------------------------------------------------------------------------- transforms
-
-BICUBIC = T.InterpolationMode.BICUBIC
-
-
-def test_transform(size):
-    """CLIP's: the short side to `size` pixels, centre crop, normalised."""
-    return T.Compose(
-        [T.Resize(size, BICUBIC), T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)]
-    )
-
-
-def train_transform(size):
-    """CoOp's: random resized crop and horizontal flip."""
-    crop = T.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
 def open_image(split, path):
@@ -606,124 +610,3 @@ def open_image(split, path):
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read the image {split.folder / path}: {error}") from error
-
-
-class _Views(torch.utils.data.Dataset):
-    """Preprocessed images; view v of an image is random, but seeded by its path and v alone, so
-    that every seed and method meets the same views."""
-
-    def __init__(self, split, transform, wanted):
-        self.split, self.transform, self.wanted = split, transform, wanted
-
-    def __len__(self):
-        return len(self.wanted)
-
-    def __getitem__(self, i):
-        path, view = self.wanted[i]
-        seed = hashlib.sha256(f"{path}|{view}".encode()).digest()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(seed[:8], "little"))
-                return self.transform(open_image(self.split, path))
-        except BadInput as error:  # returned, as a worker process would garble a raised one
-            return error
-
-
-# --------------------------------------------------------------------------------- the cache
-# CLIP is frozen, so an image is encoded once in its life. The cache is a folder of shards, files
-# with some keys and their feature rows. A shard is written whole under a temporary name and then
-# never changes, so runs can share the cache at the same time; at worst both encode an image.
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mocoop"
-BATCH = 128  # images in one pass of the encoder
-SHARD = 4096  # rows; what is encoded is safe on disk at least this often
-
-
-def image_features(model, fingerprint, split, items, views=None, what="images"):
-    """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
-
-    model, fingerprint: from `load_clip`. items: from the split's lists. views: None for the test
-    transform, else the number of augmented views of each image (drawn images have one, as drawn).
-    Returns (N, D), or (N, views, D), on the model's device. Prints what came from the cache.
-    Raises BadInput for an image that cannot be read.
-    """
-    device, size = model.logit_scale.device, model.visual.input_resolution
-    drawn = split.folder is None
-    transform = train_transform(size) if views and not drawn else test_transform(size)
-    views_made = 1 if drawn or not views else views
-    wanted = [(item.path, view) for item in items for view in range(views_made)]
-
-    # Everything that a feature depends on: the folder's name has the weights and the preprocessing,
-    # a row's key has the image and the view.
-    how = [fingerprint, str(transform), device.type, PIL.__version__, torchvision.__version__]
-    folder = CACHE / split.name / hashlib.sha256("|".join(how).encode()).hexdigest()[:16]
-    keys = [
-        hashlib.blake2b(f"{_identity(split, path)}|{view}".encode(), digest_size=16).digest()
-        for path, view in wanted
-    ]
-    rows = _load_rows(folder, set(keys))
-    todo = {key: entry for key, entry in zip(keys, wanted) if key not in rows}
-    print(
-        f"{what}: {len(items):,}"
-        + (f" x {views_made} views" if views_made > 1 else "")
-        + f", {len(keys) - len(todo):,} features from the cache, {len(todo):,} to encode"
-    )
-    loader = DataLoader(
-        _Views(split, transform, list(todo.values())),
-        batch_size=BATCH,
-        num_workers=0 if device.type == "cpu" else os.cpu_count(),
-        collate_fn=list,
-    )
-    new, todo_keys = [], list(todo)
-    for images in tqdm(loader, "encoding", leave=False, disable=None if todo else True):
-        for image in images:
-            if isinstance(image, BadInput):
-                raise image
-        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            features = model.encode_image(torch.stack(images).to(device)).float()
-        new.extend(torch.nn.functional.normalize(features, dim=-1).cpu().numpy())
-        if len(new) >= SHARD or len(new) == len(todo_keys):
-            rows.update(zip(todo_keys, new))
-            _save_rows(folder, todo_keys[: len(new)], new)
-            new, todo_keys = [], todo_keys[len(new) :]
-    features = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
-    return features if views is None else features.view(len(items), views_made, -1)
-
-
-def _identity(split, path):
-    """What tells an image from its changed self: size and time of its file, or how it is drawn."""
-    if split.folder is None:
-        return f"{path}|{shapes.SOURCE_HASH}"
-    file = split.folder.resolve() / path
-    stat = os.stat(file)
-    return f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
-
-
-def _load_rows(folder, keys):
-    """The cached rows of `keys`, as far as there are any: {key: (D,) float32}."""
-    rows = {}
-    for shard in sorted(folder.glob("*.npz")):
-        try:
-            with np.load(shard) as file:  # the zip format brings checksums
-                shard_keys = [key.tobytes() for key in file["keys"]]
-                if not keys.isdisjoint(shard_keys):
-                    rows.update((k, r) for k, r in zip(shard_keys, file["rows"]) if k in keys)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            print(f"the cache file {shard} is damaged: encoding its images again")
-            shard.unlink(missing_ok=True)
-    return rows
-
-
-def _save_rows(folder, keys, rows):
-    """One new shard. A cache that cannot be written costs time, not the run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            np.savez(
-                file,
-                keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
-                rows=np.stack(rows).astype(np.float32),
-            )
-        os.replace(file.name, Path(file.name).with_suffix(".npz"))
-    except OSError as error:
-        print(f"features are not cached: {error}")

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import plots
-from backbone import BadInput, command, load_clip, read_torch_file
-from data import image_features, load_split, open_image, select_classes
-from prompts import template_groups
+from backbone import BadInput, exit_on_bad_input, load_clip, read_torch_file
+from data import dataset_name, load_split, open_image, select_classes
+from features import image_features
+from prompts import template_features, template_groups
 from runs import ELSEWHERE, find_runs, read_result
 from train import MoCoOp, Parser, baselines, choose_device, describe, measure, method_label
 
@@ -65,14 +66,14 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         split.test,
         what=f"test images of {dataset}, {classes} classes",
     )
-    own = dataset == config["dataset"]
-    templates = groups if own else template_groups(dataset)
-    zero_shot, ensemble = baselines(clip_model, split, templates, features)
-    measured, weights, answers = measure(clip_model, model, split, split.test, features)
+    target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
+    templates = [template for group in target_groups for template in group]
+    hard = template_features(clip_model, templates, split.class_names)
+    zero_shot, ensemble = baselines(clip_model, split, hard, features)
+    measured, weights, predictions = measure(clip_model, model, split, split.test, features)
     result = {
         **trained,
-        **describe(config, split, model, trained["n_train"]),
-        "classes": classes,
+        **describe(config, split, model, classes),
         "zero_shot_accuracy": zero_shot,
         "ensemble_accuracy": ensemble,
         "val_accuracy": None,
@@ -88,7 +89,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     images = [(split.test[i], open_image(split, split.test[i].path)) for i in some]
     columns = model.prompts.templates
     sheet = folder / f"samples_{name}.png"
-    plots.samples_picture(split, images, weights[some], answers[some], columns, sheet)
+    plots.samples_picture(split, images, weights[some], predictions[some], columns, sheet)
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
@@ -111,35 +112,39 @@ def table(folder):
     evaluated on the new classes, H the harmonic mean of the mean base and mean new accuracy.
     Other datasets that runs were evaluated on get a column each.
     """
-    rows = defaultdict(lambda: defaultdict(dict))  # row -> column -> seed -> accuracy
+    table_rows = defaultdict(lambda: defaultdict(dict))  # row -> column -> seed -> accuracy
     for result, evaluations in find_runs(folder):
         config = result["config"]
-        same = json.dumps({k: v for k, v in config.items() if k not in (*ELSEWHERE, "seed")})
-        label = method_label(config, result["n_prompts"])
-        clip = (config["dataset"], config["classes"], config["clip"])
-        for key, method, shots in [
-            ("zero_shot_accuracy", "zero-shot", 0),
-            ("ensemble_accuracy", "ensemble", 0),
-            ("accuracy", label, config["shots"]),
+        but_seed = {k: v for k, v in config.items() if k not in (*ELSEWHERE, "seed")}
+        task = dataset_name(config["dataset"]), config["classes"], config["clip"]
+        for key, *row in [
+            ("zero_shot_accuracy", 0, "zero-shot", ""),
+            ("ensemble_accuracy", 0, "ensemble", config["groups"]),
+            (
+                "accuracy",
+                config["shots"],
+                method_label(config, result["n_prompts"]),
+                json.dumps(but_seed),
+            ),
         ]:
-            where = same if key == "accuracy" else config["groups"]
-            row = rows[(*clip, shots, method, where)]
-            row["accuracy"][config["seed"]] = result[key]
-            for evaluation in evaluations:
-                target, classes = evaluation["dataset"], evaluation["classes"]
-                column = target if target != Path(config["dataset"]).name else classes
-                if column != config["classes"]:
-                    row[column][config["seed"]] = evaluation[key]
+            columns = table_rows[(*task, *row)]
+            columns["accuracy"][config["seed"]] = result[key]
+            for other in evaluations:
+                parts = [other["dataset"], other["classes"]]
+                same = [dataset_name(config["dataset"]), config["classes"]]
+                column = " ".join(part for part, own in zip(parts, same) if part != own)
+                if column:
+                    columns[column][config["seed"]] = other[key]
 
     def cell(values):
         values = list(values.values())
         spread = f" ± {np.std(values):.1f}" if len(values) > 1 and np.ptp(values) else ""
         return f"{np.mean(values):.1f}{spread}" if values else ""
 
-    targets = sorted({c for row in rows.values() for c in row} - {"accuracy", "new"})
+    targets = sorted({c for row in table_rows.values() for c in row} - {"accuracy", "new"})
     columns = ["dataset", "classes", "CLIP", "method", "shots", "seeds", "accuracy", "new", "H"]
     lines = [[*columns, *targets]]
-    for (dataset, classes, clip, shots, method, _), row in sorted(rows.items()):
+    for (dataset, classes, clip, shots, method, _), row in sorted(table_rows.items()):
         h = ""
         if classes == "base" and row["new"]:
             means = [np.mean(list(row[c].values())) for c in ("accuracy", "new")]
@@ -152,7 +157,7 @@ def table(folder):
     return "\n".join("| " + " | ".join(str(line[i]) for i in used) + " |" for line in lines)
 
 
-def run_command():
+def run():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--dataset", help="another dataset's test images and class names")
@@ -171,7 +176,7 @@ def run_command():
 
 
 def main():
-    command(run_command)
+    exit_on_bad_input(run)
 
 
 if __name__ == "__main__":

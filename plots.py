@@ -4,11 +4,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
+import numpy as np
 
 import shapes
 
-GREYS = "Greys"  # legible in black and white
+plt.rcParams["text.parse_math"] = False  # a class name may hold a dollar
+MOST_ROWS = 40  # of a heat map
 
 
 def router_table(split, weights):
@@ -19,35 +20,39 @@ def router_table(split, weights):
     to `result.json`.
     """
     if split.folder is None:
-        kinds = [shapes.style_of(item.path) for item in split.test]
-        rows = shapes.DATASETS[split.dataset]
+        rows = list(shapes.DATASETS[split.dataset])
+        kinds = np.array([rows.index(shapes.style_of(item.path)) for item in split.test])
     else:
-        kinds = [split.class_names[item.label] for item in split.test]
         rows = split.class_names
+        kinds = np.array([item.label for item in split.test])
     share = [
-        weights[torch.tensor([kind == row for kind in kinds])].mean(dim=0).tolist() for row in rows
+        weights.numpy()[kinds == row].mean(axis=0).round(4).tolist() for row in range(len(rows))
     ]
-    return {"rows": list(rows), "share": [[round(s, 4) for s in row] for row in share]}
+    return {"rows": rows, "share": share}
 
 
 def router_picture(result, path):
-    """The table of `router_table` as a heat map, from a `result.json`."""
-    table, columns = result["router"], list(result["prompt_usage"])
-    rows, share = table["rows"], table["share"]
+    """The table of `router_table` as a heat map, from a `result.json`.
+
+    Of many classes it shows those whose prompts differ most from the average.
+    """
+    columns, share = list(result["prompt_usage"]), np.array(result["router"]["share"])
+    unusual = np.abs(share - share.mean(axis=0)).sum(axis=1).argsort()[::-1]
+    shown = sorted(unusual[:MOST_ROWS])
     figure, axes = plt.subplots(
-        figsize=(2.6 + 0.75 * len(columns), 2.0 + 0.32 * len(rows)), layout="constrained"
+        figsize=(2.6 + 0.75 * len(columns), 2.0 + 0.32 * len(shown)), layout="constrained"
     )
-    axes.imshow(share, cmap=GREYS, vmin=0, vmax=1, aspect="auto")
+    axes.imshow(share[shown], cmap="Greys", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(shown)), [result["router"]["rows"][row] for row in shown])
     axes.set_xlabel("soft prompt, by the template it started from")
-    axes.set_title(
-        f"{result['dataset']}, {result['classes']} classes: share of the router's weight (%)",
-        loc="left",
-        fontsize=10,
+    which = "" if len(shown) == len(share) else f" (the {MOST_ROWS} most unusual)"
+    title = (
+        f"{result['dataset']}, {result['classes']} classes{which}: share of the router's weight (%)"
     )
-    for y, row in enumerate(share):
-        for x, value in enumerate(row):
+    axes.set_title(title, loc="left", fontsize=10)
+    for y, row in enumerate(shown):
+        for x, value in enumerate(share[row]):
             colour = "white" if value > 0.5 else "black"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
     figure.savefig(path, dpi=120, format="png")

@@ -124,10 +124,13 @@ ZERO_SHOT_TEMPLATES = {
 }
 
 
+for shifted in ("shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"):
+    TEMPLATE_GROUPS[shifted] = TEMPLATE_GROUPS["shapes"]
+
+
 def template_groups(dataset):
-    """The published groups of a dataset; for `shapes*` its own, for anything else the general."""
-    name = "shapes" if dataset.startswith("shapes") else dataset
-    return TEMPLATE_GROUPS.get(name, GENERAL)
+    """The groups of a dataset; the general ones for a folder of one's own."""
+    return TEMPLATE_GROUPS.get(dataset, GENERAL)
 
 
 def read_groups(file):
@@ -187,8 +190,8 @@ def encode_text(model, embeddings, eot):
     """CLIP's text encoder, from token embeddings to features.
 
     It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
-    batch can change the result, and those positions are not computed: 13 of 77 for a photo of
-    most things.
+    batch can change the result, and those positions are not computed: `clip` computes all 77, of
+    which "a photo of a" most things needs fewer than 13.
 
     model: a `clip.model.CLIP`. embeddings: (N, L, W), L at most the model's context length.
     eot: (N,) position of EOT in each row. Returns (N, D), not normalised.
@@ -224,7 +227,7 @@ def _check_words(known, ids, text):
     """Raises BadInput, naming the word, if a token of `text` has no embedding."""
     if not known[ids].all():
         words = re.findall(r"[\w'-]+|\S", text)
-        unknown = next(word for word in words if not known[token_ids(word)].all())
+        unknown = next((w for w in words if not known[token_ids(w)].all()), text)
         raise BadInput(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
 
 
@@ -261,7 +264,7 @@ def template_features(model, templates, class_names, rows_at_once=1024):
 
 
 def hard_prototypes(features, groups):
-    """The mean of each group's templates, normalised again (DESIGN: p[g, c]).
+    """p[g, c]: the mean of each group's template features, normalised again.
 
     features: (T, C, D) from `template_features` of all templates of `groups`, in order.
     groups: lists of templates. Returns (G, C, D).
@@ -291,6 +294,11 @@ class SoftPrompts(nn.Module):
         """
         super().__init__()
         self.templates = list(templates)
+        # Made by `set_classes` on the device of its CLIP (so after any `.to`):
+        self.frozen = None  # (R, W): embeddings of SOS, EOT and the names' tokens
+        self.index = None  # (G C, L): each prompt as rows of [frozen; all context vectors]
+        self.eot = None  # (G C,): the position of EOT
+        self.shape = None  # (G, C)
         known = _known_tokens(model)
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
         for template in self.templates:

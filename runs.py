@@ -15,7 +15,9 @@ import torch
 import plots
 from backbone import BadInput, read_torch_file
 
-RUN_FILES = re.compile(r"(checkpoint|resume|result|router)\.(pt|json|png|tmp)|(eval|samples)_.*")
+RUN_FILES = re.compile(
+    r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
+)
 ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
 
 
@@ -29,13 +31,14 @@ def open_run(folder, config, resume):
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BadInput(f"cannot write in {parent}: name another --out")
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
-    strange = [name for name in files if not RUN_FILES.fullmatch(name)]
-    if strange:
-        raise BadInput(
-            f"{folder} holds a file that is not a run's, {strange[0]}: name another --out"
-        )
-    state, there, finished = None, config, "result.json" in files
-    if "resume.pt" in files:
+    finished, stopped = "result.json" in files, "resume.pt" in files
+    foreign = [name for name in files if not RUN_FILES.fullmatch(name)]
+    if not (finished or stopped):
+        foreign += [name for name in files if not name.endswith(".tmp")]
+    if foreign:
+        raise BadInput(f"{folder} holds {foreign[0]}, which is no run's: name another --out")
+    state, there = None, config
+    if stopped:
         state = read_torch_file(folder / "resume.pt", "state to resume from")
         there = state.get("config", {})
     elif finished:
@@ -74,6 +77,13 @@ def save_torch(content, path):
     path.with_suffix(".tmp").replace(path)
 
 
+def discard(folder):
+    """Removes the state of a run that cannot go on, and its folder if nothing else is there."""
+    (folder / "resume.pt").unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def publish(folder, checkpoint, result):
     """Puts the files of a finished run in `folder`, in place of an earlier run's.
 
@@ -83,8 +93,9 @@ def publish(folder, checkpoint, result):
     save_torch(checkpoint, folder / "checkpoint.pt")
     plots.router_picture(result, folder / "router.tmp")
     (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for stale in (*folder.glob("eval_*"), *folder.glob("samples_*")):
-        stale.unlink()  # of the checkpoint that stood here before
+    for name in ("eval_*.json", "eval_*.png", "samples_*.png"):
+        for stale in folder.glob(name):
+            stale.unlink()  # of the checkpoint that stood here before
     (folder / "router.tmp").replace(folder / "router.png")
     (folder / "result.tmp").replace(folder / "result.json")
     (folder / "resume.pt").unlink()
@@ -94,9 +105,8 @@ def find_runs(folder):
     """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries."""
     runs = []
     for file in sorted(Path(folder).rglob("result.json")):
-        if not file.parent.name.startswith("."):  # a run being put in place
-            evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]
-            runs.append((read_result(file), evaluations))
+        evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]
+        runs.append((read_result(file), evaluations))
     if not runs:
         raise BadInput(f"no finished run below {folder}")
     return runs

@@ -14,6 +14,8 @@ trains: a bias on the text features (--text-bias) and the image encoder's LayerN
 """
 
 import argparse
+import hashlib
+import json
 import math
 import re
 import sys
@@ -26,8 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import plots
-from backbone import BadInput, command, load_clip
-from data import few_shot, image_features, load_split, select_classes
+from backbone import BadInput, exit_on_bad_input, load_clip
+from data import DATASETS, class_range, dataset_name, few_shot, load_split, select_classes
+from features import image_features
 from losses import gate_loss, image_loss, text_loss
 from prompts import (
     SoftPrompts,
@@ -38,7 +41,7 @@ from prompts import (
     zero_shot_template,
 )
 from router import Router, gate_target, mixed_logits
-from runs import open_run, publish, save_torch
+from runs import discard, open_run, publish, save_torch
 
 # A method is a row of defaults; flags on the command line win. The numbers are the authors'.
 METHODS = {
@@ -92,12 +95,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def positive(kind):
+def number(kind, above):
+    """An argparse type: a finite `kind` (int or float) above a bound."""
+
     def parse(text):
-        number = kind(text)
-        if not (number > 0 and math.isfinite(number)):
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-        return number
+        value = kind(text)
+        if not (value > above and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
+        return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
     return parse
@@ -110,9 +115,11 @@ def make_parser():
     what = parser.add_argument_group("what to train on")
     what.add_argument("--dataset", default="shapes", help="shapes, the embedded world")
     what.add_argument("--data", default="data", help="the root of all datasets (default: data)")
-    what.add_argument("--shots", type=positive(int), default=16, help="images a class (16)")
+    what.add_argument("--shots", type=number(int, 0), default=16, help="images a class (16)")
     what.add_argument("--classes", choices=("all", "base", "new"), default="all")
-    what.add_argument("--seed", type=int, default=1, help="of samples, start and order (1)")
+    what.add_argument(
+        "--seed", type=number(int, -1), default=1, help="of samples, start and order (1)"
+    )
 
     how = parser.add_argument_group("the method")
     how.add_argument("--method", choices=METHODS, default="mocoop", help="the preset of the rest")
@@ -123,24 +130,24 @@ def make_parser():
     how.add_argument(
         "--groups", metavar="FILE", help="templates, one a line, a blank line between groups"
     )
-    how.add_argument("--top-k", type=positive(int), help=f"prompts an image ({row['top_k']})")
+    how.add_argument("--top-k", type=number(int, 0), help=f"prompts an image ({row['top_k']})")
     for name, text in [
         ("gate-weight", "of the gate loss"),
         ("text-weight", "of the text loss"),
         ("text-scale", "factor on the similarities in the text loss; LASP's is 100"),
     ]:
         default = row[name.replace("-", "_")]
-        how.add_argument(f"--{name}", type=float, help=f"{text} (default: {default:g})")
+        how.add_argument(f"--{name}", type=number(float, -1), help=f"{text} (default: {default:g})")
     how.add_argument(
         "--text-bias", action=argparse.BooleanOptionalAction, help="a learned bias on text features"
     )
 
     fit = parser.add_argument_group("training")
-    fit.add_argument("--epochs", type=positive(int), help=f"default: {row['epochs']}")
-    fit.add_argument("--batch-size", type=positive(int), help=f"default: {row['batch_size']}")
-    fit.add_argument("--lr", type=positive(float), help="default: 0.032 x batch size / 32")
+    fit.add_argument("--epochs", type=number(int, 0), help=f"default: {row['epochs']}")
+    fit.add_argument("--batch-size", type=number(int, 0), help=f"default: {row['batch_size']}")
+    fit.add_argument("--lr", type=number(float, 0), help="default: 0.032 x batch size / 32")
     fit.add_argument(
-        "--views", type=positive(int), help=f"augmented views an image ({row['views']})"
+        "--views", type=number(int, 0), help=f"augmented views an image ({row['views']})"
     )
 
     where = parser.add_argument_group("where")
@@ -175,7 +182,7 @@ def resolve(args):
     if config["out"] is None:
         label = method_label(config, len(groups))
         run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
-        config["out"] = str(Path("out", Path(config["dataset"]).name, run))
+        config["out"] = str(Path("out", dataset_name(config["dataset"]), run))
     return config, groups, Path(config["out"]), resume
 
 
@@ -191,7 +198,7 @@ def preset(config, n_prompts):
 
 def method_label(config, n_prompts):
     """The method with every flag that differs from its preset: `mocoop-top_k1`."""
-    changed = {k: config[k] for k, v in preset(config, n_prompts).items() if config[k] != v}
+    changed = {k: config[k] for k, v in preset(config, n_prompts).items() if config.get(k, v) != v}
     parts = [f"{k}{_slug(v)}" if v is not True else k for k, v in sorted(changed.items())]
     return "-".join([config["method"], *parts])
 
@@ -210,19 +217,18 @@ def percent(right):
 
 
 @torch.no_grad()
-def baselines(clip_model, split, groups, features):
+def baselines(clip_model, split, hard_features, image_features):
     """(zero-shot, ensemble) accuracy in percent: CLIP as it is, on the split's test images.
 
     zero-shot: the dataset's one template. ensemble: all hard templates, features averaged.
-    features: (N, D) of `split.test`.
+    hard_features: (T, C, D) of all templates. image_features: (N, D) of `split.test`.
     """
-    labels = torch.tensor([item.label for item in split.test], device=features.device)
-    templates = [template for group in groups for template in group]
-    answers = []
-    for some in ([zero_shot_template(split.dataset)], templates):
-        text = template_features(clip_model, some, split.class_names).mean(dim=0)
-        answers.append(percent((features @ F.normalize(text, dim=-1).T).argmax(dim=-1) == labels))
-    return answers
+    labels = torch.tensor([item.label for item in split.test], device=image_features.device)
+    one = template_features(clip_model, [zero_shot_template(split.dataset)], split.class_names)[0]
+    accuracies = []
+    for text_features in (one, F.normalize(hard_features.mean(dim=0), dim=-1)):  # (C, D)
+        accuracies.append(percent((image_features @ text_features.T).argmax(dim=-1) == labels))
+    return accuracies
 
 
 @torch.no_grad()
@@ -236,26 +242,28 @@ def measure(clip_model, model, split, items, features):
     model.prompts.set_classes(clip_model, split.class_names)
     text_features = model.text_features(clip_model)
     chunks = [model(f, text_features) for f in features.split(1024)]  # bounds (B, G, C)
-    answers = torch.cat([logits.argmax(dim=-1) for logits, _, _ in chunks]).cpu()
+    predictions = torch.cat([logits.argmax(dim=-1) for logits, _, _ in chunks]).cpu()
     weights = torch.cat([w for _, _, w in chunks]).cpu()
     labels = torch.tensor([item.label for item in items])
-    per_class = {
-        name: percent(answers[labels == c] == c) for c, name in enumerate(split.class_names)
-    }
+    per_class = {}
+    for label, name in enumerate(split.class_names):
+        own = labels == label
+        key = name if name not in per_class else f"{name} ({label})"  # ImageNet repeats a few
+        per_class[key] = percent(predictions[own] == label) if own.any() else None
     usage = dict(zip(model.prompts.templates, weights.mean(dim=0).tolist()))
     measured = {
-        "accuracy": percent(answers == labels),
+        "accuracy": percent(predictions == labels),
         "per_class_accuracy": per_class,
         "prompt_usage": {template: round(share, 4) for template, share in usage.items()},
     }
-    return measured, weights, answers
+    return measured, weights, predictions
 
 
-def describe(config, split, model, n_train):
+def describe(config, split, model, classes):
     """The part of `result.json` that says what was run and on what."""
     return {
         "dataset": split.name,
-        "classes": config["classes"],
+        "classes": classes,
         "shots": config["shots"],
         "seed": config["seed"],
         "method": config["method"],
@@ -263,7 +271,6 @@ def describe(config, split, model, n_train):
         "n_prompts": len(model.prompts.templates),
         "top_k": config["top_k"],
         "n_classes": len(split.class_names),
-        "n_train": n_train,
         "n_test": len(split.test),
         "split": split.source,
         "few_shot_samples": "coop"
@@ -273,6 +280,10 @@ def describe(config, split, model, n_train):
 
 
 # ----------------------------------------------------------------------------------- training
+
+
+class NotFinite(ArithmeticError):
+    """Training has diverged."""
 
 
 def learning_rate(epoch, epochs, lr):
@@ -287,19 +298,20 @@ def learning_rate(epoch, epochs, lr):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-def fit(clip_model, model, config, features, labels, prototypes, trained, folder, state):
+def fit(clip_model, model, config, features, labels, prototypes, trained, save, state):
     """Trains `model` in place; returns the seconds it took, over all resumed parts.
 
     features: (N, views, D) of the training images, labels: (N,) counting the trained classes.
     prototypes: (G, C, D) of all classes that the model's prompts are laid out for.
     trained: the slice of those classes that has images; the image and gate loss see no other.
-    state: what `open_run` found to go on from, or None.
+    save: called after each epoch with all that is needed to go on from there; state: one of these
+    to go on from, or None.
     """
     optimiser = torch.optim.SGD(
         model.parameters(), lr=config["lr"], momentum=0.9, weight_decay=5e-4
     )
     mixed = torch.float16  # mixed precision on a GPU; bf16 needs no loss scaling
-    if features.is_cuda and torch.cuda.is_bf16_supported():
+    if features.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         mixed = torch.bfloat16
     scaler = torch.amp.GradScaler(enabled=features.is_cuda and mixed is torch.float16)
     order_rng = torch.Generator().manual_seed(config["seed"])
@@ -307,7 +319,8 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, folder
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         order_rng.set_state(state["order_rng"])
         first_epoch, seconds = state["epoch"], state["seconds"]
     n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
@@ -320,7 +333,7 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, folder
             group["lr"] = lr
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(features.shape[1], (n,), generator=order_rng)
-        sums, usage = torch.zeros(4), torch.zeros(len(prototypes))
+        sums, usage = 0, 0  # of the four losses (4,) and of the router's weights (G,)
         for batch in order.split(config["batch_size"])[:n_batches]:
             f, y = features[batch, views[batch]], labels[batch]  # (B, D), (B,)
             with torch.autocast("cuda", mixed, enabled=features.is_cuda):
@@ -337,20 +350,19 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, folder
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimiser)
             scaler.update()
-            sums += torch.stack([total, image, gate, text]).detach().cpu()
-            usage += weights.detach().sum(dim=0).cpu()
+            sums += torch.stack([total, image, gate, text]).detach()
+            usage += weights.detach().sum(dim=0)
             bar.update()
         losses = dict(zip(("loss", "image", "gate", "text"), (sums / n_batches).tolist()))
         if not math.isfinite(losses["loss"]):
-            raise BadInput(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
-        shares = " ".join(f"{100 * share:2.0f}" for share in usage / usage.sum())
+            raise NotFinite(f"the loss is not finite in epoch {epoch + 1}")
+        shares = " ".join(f"{100 * share:2.0f}" for share in (usage / usage.sum()).tolist())
         told = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         bar.write(
             f"epoch {epoch + 1:3d}/{config['epochs']}  lr {lr:.5f}  {told}  prompts {shares} %",
             file=sys.stdout,
         )
-        state = {
-            "config": config,
+        snapshot = {
             "epoch": epoch + 1,
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -358,7 +370,7 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, folder
             "order_rng": order_rng.get_state(),
             "seconds": seconds + time.time() - start,
         }
-        save_torch(state, folder / "resume.pt")
+        save(snapshot)
     bar.close()
     return seconds + time.time() - start
 
@@ -369,8 +381,10 @@ def train(config, groups, folder, resume):
     state = open_run(folder, config, resume)
     complete = load_split(config["dataset"], config["data"])
     if not complete.train:
+        where = f" in {complete.folder}" if config["dataset"] == "imagenet" else ""
         raise BadInput(
-            f"{config['dataset']} has no training images: it is for eval.py RUN --dataset"
+            f"{config['dataset']} has no training images{where}: it can only be a target"
+            " of eval.py RUN --dataset"
         )
     sample = few_shot(complete, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
@@ -378,18 +392,32 @@ def train(config, groups, folder, resume):
     torch.manual_seed(config["seed"])
     model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"]).to(device)
 
-    # The text loss holds on to every class name, also those without training images.
+    # The text loss holds on to every class name, also those without training images. Where it is
+    # off, the trained classes are all there is.
     names = complete.class_names if config["text_weight"] else split.class_names
-    first = len(names) - len(split.class_names) if config["classes"] == "new" else 0
-    trained = slice(first, first + len(split.class_names))
+    labels = (
+        class_range(len(names), config["classes"]) if config["text_weight"] else range(len(names))
+    )
+    trained = slice(labels.start, labels.stop)  # of `names`
     model.prompts.set_classes(clip_model, names)
     templates = [template for group in groups for template in group]
-    prototypes = hard_prototypes(template_features(clip_model, templates, names), groups)
+    hard = template_features(clip_model, templates, names)  # (T, C, D)
+    prototypes = hard_prototypes(hard, groups)
 
+    # What a stopped run must have been made of to go on with it, beyond its flags.
+    made_of = json.dumps([groups, fingerprint, names, split.train])
+    made_of = hashlib.sha256(made_of.encode()).hexdigest()
+    if state and state.get("made_of") != made_of:
+        raise BadInput(
+            f"{folder} was stopped while training with other images, templates or CLIP weights:"
+            " remove it or name another --out"
+        )
+    own_samples = not complete.complete or config["dataset"] == "imagenet"
     print(
-        f"{config['dataset']}: {len(split.class_names)} {config['classes']} classes,"
-        f" {config['shots']} shots, seed {config['seed']}; CLIP {config['clip']};"
-        f" {len(groups)} prompts, {config['top_k']} an image"
+        f"{split.name}: {len(split.class_names)} {config['classes']} classes,"
+        f" {config['shots']} shots, seed {config['seed']}"
+        + (" (samples of our own)" if own_samples and config["dataset"] in DATASETS else "")
+        + f"; CLIP {config['clip']}; {len(groups)} prompts, {config['top_k']} an image"
     )
 
     def encode(items, what, views=None):
@@ -399,16 +427,25 @@ def train(config, groups, folder, resume):
     val = encode(split.val, "val images") if split.val else None
     features = encode(split.train, "training images", config["views"])
     labels = torch.tensor([item.label for item in split.train], device=device)
-    zero_shot, ensemble = baselines(clip_model, split, groups, test)
+    zero_shot, ensemble = baselines(clip_model, split, hard[:, trained], test)
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
-    seconds = fit(clip_model, model, config, features, labels, prototypes, trained, folder, state)
+    def save(snapshot):
+        save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
+
+    try:
+        seconds = fit(clip_model, model, config, features, labels, prototypes, trained, save, state)
+    except NotFinite as error:
+        discard(folder)
+        raise BadInput(f"{error}: try a smaller --lr") from error
     val_accuracy = None
     if split.val:
         val_accuracy = measure(clip_model, model, split, split.val, val)[0]["accuracy"]
     measured, weights, _ = measure(clip_model, model, split, split.test, test)
     result = {
-        **describe(config, split, model, len(split.train)),
+        **describe(config, split, model, config["classes"]),
+        "n_train": len(split.train),
+        "few_shot_samples": "own" if own_samples else "coop",
         "zero_shot_accuracy": zero_shot,
         "ensemble_accuracy": ensemble,
         "val_accuracy": val_accuracy,
@@ -420,7 +457,6 @@ def train(config, groups, folder, resume):
     checkpoint = {
         "config": config,
         "groups": groups,
-        "class_names": split.class_names,
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
@@ -433,7 +469,7 @@ def train(config, groups, folder, resume):
 
 
 def main():
-    command(lambda: train(*resolve(make_parser().parse_args())))
+    exit_on_bad_input(lambda: train(*resolve(make_parser().parse_args())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from clip.model import CLIP
 from PIL import Image
 
-import data
+import features
 import train
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def outside_world(cache, monkeypatch):
     """No test reads or writes the user's feature cache, or reaches the network."""
-    monkeypatch.setattr(data, "CACHE", cache)
+    monkeypatch.setattr(features, "CACHE", cache)
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import random
 import shutil
 import zipfile
 from functools import partial
@@ -11,24 +9,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import clip
-import numpy as np
 import pytest
-import torch
-from conftest import HERE, draw_image
-from PIL import Image
+from conftest import HERE
 from torchvision.datasets.utils import calculate_md5
 
 import data
 from backbone import BadInput
-from data import Item, Split, few_shot, image_features, load_split, select_classes
+from data import Item, Split, few_shot, load_split, select_classes
 
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -111,14 +100,6 @@ def test_a_class_without_images_is_named(own_eurosat, part):
         load_split("eurosat", own_eurosat)
 
 
-def test_an_unreadable_image_is_named(own_eurosat, random_clip):
-    split = load_split("eurosat", own_eurosat)
-    path = own_eurosat / "eurosat" / split.test[0].path
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(BadInput, match=f"cannot read the image {path}"):
-        image_features(random_clip, "x", split, split.test)
-
-
 # ------------------------------------------------------------------------- few-shot, base, new
 
 
@@ -169,126 +150,6 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_says_so(capsys):
     sample = few_shot(Split("d", None, "coop", ["cat", "dog"], items, [], items), 4, 1)
     assert [i.label for i in sample.train] == [0, 0, 0, 0, 1, 1]
     assert "1 classes have fewer than 4 images and give all (dog ...)" in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------- transforms
-
-
-def test_the_test_transform_is_clips_own():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
-    assert torch.equal(data.test_transform(32)(image), clip.clip._transform(32)(image))
-
-
-def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
-    split = load_split("eurosat", eurosat)
-    transform = data.train_transform(32)
-    path, other = split.train[0].path, split.train[1].path
-
-    def view(path, number):
-        torch.manual_seed(random.randrange(1000))  # whatever else the run drew
-        return data._Views(split, transform, [(path, number)])[0]
-
-    assert torch.equal(view(path, 3), view(path, 3))
-    assert not torch.equal(view(path, 3), view(path, 4))
-    assert not torch.equal(view(path, 3), view(other, 3))
-
-
-# --------------------------------------------------------------------------------- the cache
-
-
-def encode(model, split, items, capsys, views=None):
-    """(features, printed line)"""
-    features = image_features(model, "fingerprint", split, items, views)
-    return features, capsys.readouterr().out
-
-
-def test_features_are_clips_own_and_normalised(eurosat, random_clip, capsys):
-    split = load_split("eurosat", eurosat)
-    ours, _ = encode(random_clip, split, split.test, capsys)
-    preprocess = clip.clip._transform(32)
-    images = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
-    theirs = random_clip.encode_image(torch.stack(images))
-    theirs = theirs / theirs.norm(dim=-1, keepdim=True)
-    assert torch.allclose(ours, theirs, atol=1e-5)
-
-
-def test_an_image_is_encoded_once(eurosat, random_clip, capsys):
-    split = load_split("eurosat", eurosat)
-    first, said = encode(random_clip, split, split.test[:20], capsys)
-    assert "20, 0 features from the cache, 20 to encode" in said
-    again, said = encode(random_clip, split, split.test, capsys)
-    assert "30, 20 features from the cache, 10 to encode" in said
-    assert torch.equal(again[:20], first)
-
-
-def test_views_are_encoded_once_each_and_differ(eurosat, random_clip, capsys):
-    split = load_split("eurosat", eurosat)
-    first, said = encode(random_clip, split, split.train[:5], capsys, views=3)
-    assert first.shape == (5, 3, 64) and "15 to encode" in said
-    more, said = encode(random_clip, split, split.train[:5], capsys, views=4)
-    assert "15 features from the cache, 5 to encode" in said
-    assert torch.equal(more[:, :3], first)
-    assert not torch.allclose(first[:, 0], first[:, 1])
-
-
-def test_a_changed_image_is_encoded_again(own_eurosat, random_clip, capsys):
-    split = load_split("eurosat", own_eurosat)
-    before, _ = encode(random_clip, split, split.test, capsys)
-    draw_image(split.folder / split.test[0].path, seed="another drawing")
-    after, said = encode(random_clip, split, split.test, capsys)
-    assert "1 to encode" in said
-    assert not torch.allclose(after[0], before[0])
-    assert torch.equal(after[1:], before[1:])
-
-
-def test_another_clip_shares_nothing(eurosat, random_clip, capsys):
-    split = load_split("eurosat", eurosat)
-    encode(random_clip, split, split.test, capsys)
-    image_features(random_clip, "another fingerprint", split, split.test)
-    assert "30 to encode" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, random_clip, capsys, damage):
-    split = load_split("eurosat", eurosat)
-    before, _ = encode(random_clip, split, split.test, capsys)
-    (shard,) = data.CACHE.rglob("*.npz")
-    content = bytearray(shard.read_bytes())
-    if damage == "cut":
-        content = content[:-300]
-    else:
-        content[len(content) // 2] ^= 1  # one bit
-    shard.write_bytes(content)
-    after, said = encode(random_clip, split, split.test, capsys)
-    assert "is damaged" in said and "30 to encode" in said
-    assert torch.equal(after, before)
-
-
-def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 8)
-    split = load_split("eurosat", eurosat)
-    calls = []
-
-    def encode_and_crash(model, images):
-        calls.append(len(images))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return model.visual(images)
-
-    monkeypatch.setattr(data, "BATCH", 8)
-    monkeypatch.setattr(type(random_clip), "encode_image", encode_and_crash)
-    with pytest.raises(KeyboardInterrupt):
-        encode(random_clip, split, split.test, capsys)
-    calls += [0] * 3  # no more crashes
-    _, said = encode(random_clip, split, split.test, capsys)
-    assert "16 features from the cache, 14 to encode" in said
-
-
-def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, random_clip, capsys, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", Path(os.devnull) / "cache")
-    split = load_split("eurosat", eurosat)
-    features, said = encode(random_clip, split, split.test, capsys)
-    assert len(features) == 30 and "features are not cached" in said
 
 
 # ---------------------------------------------------------------------------------- fetching

@@ -14,6 +14,7 @@ import data
 import eval
 from backbone import BadInput
 from data import few_shot, load_split, open_image, select_classes
+from prompts import template_groups
 
 SHARED = Path(__file__).parents[2] / "shared"
 SPLIT_DATASETS = [name for name, row in data.DATASETS.items() if row.split]
@@ -85,9 +86,12 @@ def make_layout(root, dataset):
 
 
 @pytest.mark.parametrize("dataset", data.DATASETS)
-def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_file):
+def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_file, monkeypatch):
     root = tmp_path / "data"
     make_layout(root, dataset)
+    if data.DATASETS[dataset].counts:  # as if the field's split were this short
+        row = data.replace(data.DATASETS[dataset], counts=(15, 10, 10))
+        monkeypatch.setitem(data.DATASETS, dataset, row)
     split = load_split(dataset, root)
     assert split.source == "coop" and len(split.class_names) == 5
     n_train = 0 if dataset in VARIANTS else 15
@@ -200,6 +204,16 @@ def test_real_splits_have_their_counts_and_give_the_fields_samples(dataset):
         assert [list(item) for item in drawn.val] == expected[shots]["val"]
 
 
+def test_a_shortened_split_is_said_to_be_one(tmp_path, run_train, random_clip_file, capsys):
+    make_layout(tmp_path, "dtd")
+    flags = f"--dataset dtd --shots 1 --epochs 1 --views 1 --data {tmp_path} --clip"
+    result = run_train(flags, random_clip_file)
+    assert result["split"] == "coop" and result["few_shot_samples"] == "own"
+    said = capsys.readouterr().out
+    assert "lists (15, 10, 10) images, the field's split (2820, 1128, 1692)" in said
+    assert "NOT comparable" in said
+
+
 # -------------------------------------------------------------------------- a folder of one's own
 
 
@@ -283,6 +297,16 @@ def test_folders_that_cannot_be_learned_from_are_refused(tmp_path, classes, n, s
     (tmp_path / "photos").mkdir()
     with pytest.raises(BadInput, match=said):
         load_split(str(make_folder(tmp_path / "photos", classes, n)), "")
+
+
+def test_two_folders_with_one_class_name_are_refused(tmp_path):
+    folder = make_folder(tmp_path / "photos", ["red_cat", "red cat"])
+    with pytest.raises(BadInput, match="two folders in .* stand for one class name, 'red cat'"):
+        load_split(str(folder), "")
+
+
+def test_a_folder_whose_name_looks_like_the_world_gets_the_general_templates():
+    assert template_groups("photos/shapes_of_leaves") == template_groups("sun397")
 
 
 def test_empty_classes_and_missing_parts_are_named(tmp_path):
@@ -393,6 +417,21 @@ def test_an_archive_without_the_images_is_refused(tmp_path, monkeypatch):
     serve(monkeypatch, "dtd", archive)
     with pytest.raises(BadInput, match="the archive holds no folder images"):
         load_split("dtd", tmp_path / "new")
+
+
+def test_a_variant_alone_has_imagenets_class_names_fetched(tmp_path, monkeypatch):
+    make_layout(tmp_path, "imagenet_r")
+    names = tmp_path / "imagenet/classnames.txt"
+    others = [f"n9{i:07d} thing {i}" for i in range(995)]
+    thousand = tmp_path / "thousand.txt"
+    thousand.write_text("\n".join([*names.read_text().splitlines(), *others]))
+    shutil.rmtree(tmp_path / "imagenet")
+    serve(monkeypatch, "imagenet_r", None)
+    with pytest.raises(BadInput, match="no file .*imagenet.classnames.txt"):
+        load_split("imagenet_r", tmp_path)
+    assert not (tmp_path / "imagenet").exists()
+    serve(monkeypatch, "imagenet_r", None, drive_copying(thousand))
+    assert load_split("imagenet_r", tmp_path).class_names == NAMES
 
 
 def test_imagenets_class_names_are_fetched_and_counted(tmp_path, monkeypatch):

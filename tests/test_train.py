@@ -282,9 +282,45 @@ def test_an_interrupted_run_of_another_configuration_is_not_resumed(run_train, m
 def test_a_folder_with_other_files_is_left_alone(run_train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
-    with pytest.raises(BadInput, match="a file that is not a run's, thesis.tex"):
+    with pytest.raises(BadInput, match="holds thesis.tex, which is no run's"):
         run_train("--shots 1 --epochs 1")
     assert (tmp_path / "run/thesis.tex").read_text() == "years of work"
+
+
+def test_files_that_only_look_like_a_runs_are_left_alone(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("eval_notes.csv", "samples_of_mine", "checkpoint.pt"):
+        (tmp_path / "run" / name).write_text("years of work")
+        with pytest.raises(BadInput, match=f"holds {name}, which is no run's"):
+            run_train("--shots 1 --epochs 1")
+        (tmp_path / "run" / name).unlink()
+
+
+@pytest.mark.parametrize("change", ["templates", "weights"])
+def test_a_stopped_run_is_not_resumed_with_other_parts(
+    run_train, tmp_path, monkeypatch, random_clip, change
+):
+    (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
+    torch.save(random_clip.state_dict(), tmp_path / "clip.pt")
+    flags = (
+        "--shots 1 --epochs 3",
+        "--groups",
+        tmp_path / "groups.txt",
+        "--clip",
+        tmp_path / "clip.pt",
+    )
+    save = train.save_torch
+    interrupt(monkeypatch, 1)
+    with pytest.raises(InterruptedError):
+        run_train(*flags)
+    monkeypatch.setattr(train, "save_torch", save)
+    if change == "templates":
+        (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na drawing of a {}.\n")
+    else:
+        state = {k: v + 0.01 for k, v in random_clip.state_dict().items()}
+        torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(BadInput, match="other images, templates or CLIP weights"):
+        run_train(*flags, "--resume")
 
 
 def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
@@ -307,6 +343,8 @@ def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
         ("--shots many", "argument --shots: invalid int value: 'many'"),
         ("--classes old", "invalid choice: 'old'"),
         ("--lr -1", "argument --lr: must be above 0"),
+        ("--gate-weight nan", "argument --gate-weight: must be"),
+        ("--seed -1", "argument --seed: must be"),
         ("--lr nan", "argument --lr: must be above 0"),
         ("--top-k 9", "--top-k 9 is above the number of prompts, 8"),
         ("--dataset eurosta", "unknown dataset 'eurosta' (did you mean 'eurosat'?)"),
@@ -329,9 +367,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, said, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run_train):
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(run_train, tmp_path):
     with pytest.raises(BadInput, match="the loss is not finite in epoch .*: try a smaller --lr"):
-        run_train("--shots 1 --epochs 5 --lr 1e30 --batch-size 1")
+        run_train("--shots 1 --epochs 8 --lr 1e30")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_says_in_one_line_what_is_missing(tmp_path):

@@ -1,0 +1,184 @@
+"""Image features: transforms, and a cache so that each image is encoded once in its life.
+
+CLIP's image encoder is frozen, so the feature of an image never changes. Test images are encoded
+once, training images once a *view* (an augmented crop), and all of it is kept on disk, for every
+later run with another seed, method or number of shots.
+
+The cache is a folder of shards, files with some keys and their feature rows. A shard is written
+whole under a temporary name and then never changes, so runs can share the cache at the same time;
+at worst both encode an image.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms as T
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import shapes
+from backbone import MEAN, STD, BadInput
+from data import open_image
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mocoop"
+BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
+SHARD = 4096  # rows; what is encoded is safe on disk at least this often
+BICUBIC = T.InterpolationMode.BICUBIC
+
+
+def test_transform(size):
+    """CLIP's: the short side to `size` pixels, centre crop, normalised."""
+    return T.Compose(
+        [T.Resize(size, BICUBIC), T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)]
+    )
+
+
+def train_transform(size):
+    """CoOp's: random resized crop and horizontal flip."""
+    crop = T.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+
+
+class _Preprocessed(Dataset):
+    """(path, view) pairs as tensors. View v of an image is random, but seeded by its path and v
+    alone, so that every seed and method meets the same views."""
+
+    def __init__(self, split, transform, wanted):
+        self.split, self.transform, self.wanted = split, transform, wanted
+
+    def __len__(self):
+        return len(self.wanted)
+
+    def __getitem__(self, i):
+        path, view = self.wanted[i]
+        seed = hashlib.sha256(f"{path}|{view}".encode()).digest()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int.from_bytes(seed[:8], "little"))
+                return self.transform(open_image(self.split, path))
+        except BadInput as error:  # returned, as a worker process would garble a raised one
+            return error
+
+
+def _collate(images):
+    """One tensor a batch, or the first image's error."""
+    return next((i for i in images if isinstance(i, BadInput)), None) or torch.stack(images)
+
+
+def image_features(model, fingerprint, split, items, n_views=None, what="images"):
+    """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
+
+    model, fingerprint: from `load_clip`. items: from the split's lists. n_views: None for the test
+    transform, else how many augmented views of each image (drawn images have one, as drawn).
+    Returns (N, D), or (N, views, D), on the model's device. Prints what came from the cache.
+    Raises BadInput for an image that cannot be read.
+    """
+    device, size = model.logit_scale.device, model.visual.input_resolution
+    drawn = split.folder is None
+    transform = train_transform(size) if n_views and not drawn else test_transform(size)
+    views = range(1 if drawn or not n_views else n_views)
+
+    # Everything that a feature depends on. The folder's name has the weights and the way from file
+    # to tensor, a row's key the image and the view.
+    how = [fingerprint, transform, split.source == "coop", device.type]
+    how = "|".join(map(str, [*how, PIL.__version__, torchvision.__version__]))
+    folder = CACHE / split.name / hashlib.sha256(how.encode()).hexdigest()[:16]
+    keys, wanted = [], {}
+    for item in items:
+        identity = _identity(split, item.path)
+        for view in views:
+            keys.append(hashlib.blake2b(f"{identity}|{view}".encode(), digest_size=16).digest())
+            wanted[keys[-1]] = (item.path, view)
+    rows = _load_rows(folder, set(wanted))
+    todo = [key for key in wanted if key not in rows]
+    print(
+        f"{what}: {len(items):,}"
+        + (f" x {len(views)} views" if len(views) > 1 else "")
+        + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
+    )
+    if todo:
+        batch_size = BATCH[device.type]
+        loader = DataLoader(
+            _Preprocessed(split, transform, [wanted[key] for key in todo]),
+            batch_size=batch_size,
+            num_workers=0 if device.type == "cpu" else min(8, os.cpu_count()),
+            collate_fn=_collate,
+        )
+        new = []
+        for images in tqdm(loader, "encoding", leave=False, disable=None):
+            if isinstance(images, BadInput):
+                raise images
+            new += _encode(model, images.to(device), batch_size)
+            if len(new) >= SHARD or len(new) == len(todo):
+                rows.update(zip(todo, new))
+                _save_rows(folder, todo[: len(new)], new)
+                new, todo = [], todo[len(new) :]
+    features = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
+    return features if n_views is None else features.view(len(items), len(views), -1)
+
+
+@torch.no_grad()
+def _encode(model, images, batch_size):
+    """Normalised features of up to `batch_size` images, a list of (D,) arrays.
+
+    The batch is filled up with zeros: matrix products of one shape give an image the same bits
+    whatever its neighbours, so a run does not depend on what was in the cache before it.
+    """
+    padded = images.new_zeros(batch_size, *images.shape[1:])
+    padded[: len(images)] = images
+    with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
+        features = model.encode_image(padded)[: len(images)].float()
+    return list(F.normalize(features, dim=-1).cpu().numpy())
+
+
+def _identity(split, path):
+    """What tells an image from its changed self: size and time of its file, or how it is drawn."""
+    if split.folder is None:
+        return f"{split.dataset}/{path}|{shapes.SOURCE_HASH}"
+    file = os.path.join(os.path.abspath(split.folder), path)
+    try:
+        stat = os.stat(file)
+    except OSError as error:
+        raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
+    return f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
+
+
+def _load_rows(folder, keys):
+    """The cached rows of `keys`, as far as there are any: {key: (D,) float32}."""
+    rows = {}
+    for shard in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(shard) as file:  # the zip format brings checksums
+                shard_keys = [key.tobytes() for key in file["keys"]]
+                if not keys.isdisjoint(shard_keys):
+                    rows.update((k, r) for k, r in zip(shard_keys, file["rows"]) if k in keys)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            print(f"the cache file {shard} is damaged: encoding its images again")
+            with contextlib.suppress(OSError):
+                shard.unlink()
+    return rows
+
+
+def _save_rows(folder, keys, rows):
+    """One new shard. A cache that cannot be written costs time, not the run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            np.savez(
+                file,
+                keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
+                rows=np.stack(rows).astype(np.float32),
+            )
+        Path(file.name).replace(Path(file.name).with_suffix(".npz"))
+    except OSError as error:
+        print(f"features are not cached: {error}")
