@@ -95,13 +95,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def number(kind, above):
-    """An argparse type: a finite `kind` (int or float) above a bound."""
+def number(kind, least):
+    """An argparse type: a finite `kind` (int or float), at least so large."""
 
     def parse(text):
         value = kind(text)
-        if not (value > above and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be above {above}, not {text}")
+        if not (value >= least and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
@@ -112,48 +112,34 @@ def make_parser():
     row = METHODS["mocoop"]
     parser = Parser(description=__doc__.split("\n")[0])
 
-    what = parser.add_argument_group("what to train on")
-    what.add_argument("--dataset", default="shapes", help="shapes, the embedded world")
-    what.add_argument("--data", default="data", help="the root of all datasets (default: data)")
-    what.add_argument("--shots", type=number(int, 0), default=16, help="images a class (16)")
-    what.add_argument("--classes", choices=("all", "base", "new"), default="all")
-    what.add_argument(
-        "--seed", type=number(int, -1), default=1, help="of samples, start and order (1)"
-    )
+    add = parser.add_argument_group("what to train on").add_argument
+    names = ", ".join(DATASETS)
+    add("--dataset", default="shapes", help=f"shapes (default), a folder of yours, or {names}")
+    add("--data", default="data", help="the root of all datasets (default: data)")
+    add("--shots", type=number(int, 1), default=16, help="images a class (default: 16)")
+    add("--classes", choices=("all", "base", "new"), default="all", help="default: all")
+    add("--seed", type=number(int, 0), default=1, help="samples, start, order (default: 1)")
 
-    how = parser.add_argument_group("the method")
-    how.add_argument("--method", choices=METHODS, default="mocoop", help="the preset of the rest")
-    how.add_argument(
-        "--clip",
-        help="OpenAI name, file, or `bundled` (ViT-B/16; bundled for shapes)",
-    )
-    how.add_argument(
-        "--groups", metavar="FILE", help="templates, one a line, a blank line between groups"
-    )
-    how.add_argument("--top-k", type=number(int, 0), help=f"prompts an image ({row['top_k']})")
-    for name, text in [
-        ("gate-weight", "of the gate loss"),
-        ("text-weight", "of the text loss"),
-        ("text-scale", "factor on the similarities in the text loss; LASP's is 100"),
-    ]:
-        default = row[name.replace("-", "_")]
-        how.add_argument(f"--{name}", type=number(float, -1), help=f"{text} (default: {default:g})")
-    how.add_argument(
-        "--text-bias", action=argparse.BooleanOptionalAction, help="a learned bias on text features"
-    )
+    add = parser.add_argument_group("the method").add_argument
+    add("--method", choices=METHODS, default="mocoop", help="sets the rest (default: mocoop)")
+    add("--clip", help="OpenAI name, file, or bundled (default: ViT-B/16; bundled for shapes)")
+    add("--groups", help="file of templates, one a line, blank line a group (default: published)")
+    add("--top-k", type=number(int, 1), help=f"prompts an image (default: {row['top_k']})")
+    add("--gate-weight", type=number(float, 0), help=f"default: {row['gate_weight']:g}")
+    add("--text-weight", type=number(float, 0), help=f"default: {row['text_weight']:g}")
+    add("--text-scale", type=number(float, 0), help="in the text loss (default: 1; LASP's: 100)")
+    add("--text-bias", action=argparse.BooleanOptionalAction, help="learn one (default: no)")
 
-    fit = parser.add_argument_group("training")
-    fit.add_argument("--epochs", type=number(int, 0), help=f"default: {row['epochs']}")
-    fit.add_argument("--batch-size", type=number(int, 0), help=f"default: {row['batch_size']}")
-    fit.add_argument("--lr", type=number(float, 0), help="default: 0.032 x batch size / 32")
-    fit.add_argument(
-        "--views", type=number(int, 0), help=f"augmented views an image ({row['views']})"
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1), help=f"default: {row['epochs']}")
+    add("--batch-size", type=number(int, 1), help=f"default: {row['batch_size']}")
+    add("--lr", type=number(float, 1e-9), help=f"default: {row['lr']} x batch size / 32")
+    add("--views", type=number(int, 1), help=f"random crops an image (default: {row['views']})")
 
-    where = parser.add_argument_group("where")
-    where.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    where.add_argument("--out", help="the run's folder (default: out/<dataset>/<run>)")
-    where.add_argument("--resume", action="store_true", help="go on where this run was stopped")
+    add = parser.add_argument_group("where").add_argument
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--out", help="the run's folder (default: out/<dataset>/<run>)")
+    add("--resume", action="store_true", help="go on where this run was stopped")
     return parser
 
 
@@ -163,6 +149,8 @@ def choose_device(name):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"no device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"no device {name!r}: cpu and cuda are what this runs on")
     return device
 
 

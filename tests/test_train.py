@@ -339,13 +339,13 @@ def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--shots 0", "argument --shots: must be above 0"),
+        ("--shots 0", "argument --shots: must be at least 1"),
         ("--shots many", "argument --shots: invalid int value: 'many'"),
         ("--classes old", "invalid choice: 'old'"),
-        ("--lr -1", "argument --lr: must be above 0"),
+        ("--lr -1", "argument --lr: must be at least 1e-09"),
         ("--gate-weight nan", "argument --gate-weight: must be"),
         ("--seed -1", "argument --seed: must be"),
-        ("--lr nan", "argument --lr: must be above 0"),
+        ("--lr nan", "argument --lr: must be at least 1e-09"),
         ("--top-k 9", "--top-k 9 is above the number of prompts, 8"),
         ("--dataset eurosta", "unknown dataset 'eurosta' (did you mean 'eurosat'?)"),
         ("--dataset shapes_v2", "shapes_v2 has no training images"),
