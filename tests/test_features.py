@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import clip
@@ -181,3 +182,19 @@ def test_an_image_asked_for_twice_is_answered_twice(eurosat, random_clip):
     split = load_split("eurosat", eurosat)
     found = image_features(random_clip, "x", split, [split.test[0], split.test[1], split.test[0]])
     assert found.shape == (3, 64) and torch.equal(found[0], found[2])
+
+
+def test_two_runs_may_share_a_cache_at_the_same_time(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(image_features, random_clip, "x", split, split.test[i : i + 20])
+            for i in (0, 5, 10, 0)
+        ]
+        found = [job.result() for job in jobs]
+    capsys.readouterr()
+    together = image_features(random_clip, "x", split, split.test)
+    assert "30 features from the cache, 0 to encode" in capsys.readouterr().out
+    for start, part in zip((0, 5, 10, 0), found):
+        assert torch.equal(part, together[start : start + 20])
+    assert not list(features.CACHE.rglob("*.tmp"))
