@@ -9,7 +9,6 @@ fp32 weights to fp16 on the way; here they stay what they were.
 
 import difflib
 import hashlib
-import pickle
 import sys
 import urllib.error
 import warnings
@@ -47,6 +46,9 @@ def exit_on_bad_input(main):
     except BadInput as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # no permission, a full disk, a name too long: it says which file
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -82,8 +84,8 @@ def load_clip(name, device):
         model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
         weights = {k: v.float() for k, v in state.items() if k in model.state_dict()}
         model.load_state_dict(weights)  # ... put the exact values back
-    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
     digest = hashlib.sha256()
     for key in sorted(weights):
@@ -94,14 +96,17 @@ def load_clip(name, device):
 
 def read_torch_file(path, what):
     """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
-    try:
-        # Every torch.save since 1.6 is a zip file; on anything else the unpickler may stumble in
-        # any way at all.
-        content = torch.load(path, map_location="cpu", weights_only=True) if is_zipfile(path) else 0
-    except (RuntimeError, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
-        raise BadInput(f"{path} is not a {what}: it is damaged or of another kind") from error
+    content = None
+    with open(path, "rb") as file:  # whatever cannot be opened says so itself
+        if is_zipfile(file):  # as is all that torch.save has written since 1.6
+            try:
+                with ZipFile(file) as archive:  # torch does not look at the checksums
+                    if archive.testzip() is None:
+                        content = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # on damaged bytes the unpickler stumbles in any way at all
+                raise BadInput(f"{path} is not a {what}, or damaged: remove it") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a {what}")
+        raise BadInput(f"{path} is not a {what}, or damaged: remove it")
     return content
 
 

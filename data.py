@@ -241,6 +241,12 @@ class Split:
         return self.source == "coop" and (not row.counts or counts == row.counts)
 
 
+def full_dataset(dataset):
+    """A dataset as it goes into a run's configuration: a folder of one's own with its full path."""
+    known = dataset in (*shapes.DATASETS, *DATASETS) or not os.path.isdir(dataset)
+    return dataset if known else str(Path(dataset).resolve())
+
+
 def dataset_name(dataset):
     """What a dataset goes by: a folder of one's own by the last component of its path."""
     return dataset if dataset in (*shapes.DATASETS, *DATASETS) else Path(dataset).resolve().name
@@ -263,7 +269,7 @@ def load_split(dataset, root):
         }
         return Split(dataset, None, "shapes", shapes.DOWNSTREAM, **lists)
     if dataset not in DATASETS:
-        if Path(dataset).is_dir():
+        if os.path.isdir(dataset):
             return _check(_own_folder(dataset))
         known = [*shapes.DATASETS, *DATASETS]
         raise BadInput(
@@ -303,7 +309,14 @@ def _read_split(dataset, row, folder):
             for part in PARTS
         }
         names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise BadInput(
             f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
             " delete it to have it fetched again"
@@ -348,7 +361,7 @@ def _imagenet(dataset, row, folder):
     names = {pair[0]: pair[-1] for pair in pairs}
     test = f"{row.images}/val" if dataset == "imagenet" else row.images
     classes = _class_folders(folder / test)
-    classes.sort(key=int if dataset == "imagenetv2" and all(map(str.isdigit, classes)) else None)
+    classes.sort(key=int if dataset == "imagenetv2" and all(map(str.isdecimal, classes)) else None)
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise BadInput(f"{file} has no name for the folder {folder / test / unknown[0]}")
@@ -431,9 +444,9 @@ def _check(split):
     parts = [part for part in PARTS if getattr(split, part)]
     if not parts:
         raise BadInput(f"no images in {where}: expected {where}/<class>/<image>")
-    twice = [name for name, n in Counter(split.class_names).items() if n > 1]
-    if twice and split.source != "coop":
-        raise BadInput(f"two folders in {where} stand for one class name, {twice[0]!r}")
+    twice = [name for name, n in Counter(split.class_names).items() if n > 1 or not name]
+    if twice and not split.dataset.startswith("imagenet"):  # which has a few names twice
+        raise BadInput(f"two classes in {where} have one name, or one has none: {twice[0]!r}")
     if len(split.class_names) == 1:
         raise BadInput(
             f"{where} has one class only, {split.class_names[0]!r}: nothing to tell apart"
@@ -477,7 +490,7 @@ def _fetch_images(row, folder):
         raise BadInput(f"no images at {target}, and they cannot be fetched: put there {row.origin}")
     url, md5 = row.archive
     print(f"{target} is not there: fetching {url}")
-    made = [path for path in (folder, folder.parent) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
@@ -508,7 +521,7 @@ def _fetch_file(drive_id, target, check):
     """Fetches one file from Google Drive. check: raises BadInput if the file at a path is not
     what it should be."""
     print(f"{target} is not there: fetching it from Google Drive")
-    made = [path for path in (target.parent, target.parent.parent) if not path.exists()]
+    made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:

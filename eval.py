@@ -18,7 +18,7 @@ import numpy as np
 
 import plots
 from backbone import BadInput, exit_on_bad_input, load_clip, read_torch_file
-from data import dataset_name, load_split, open_image, select_classes
+from data import dataset_name, full_dataset, load_split, open_image, select_classes
 from features import image_features
 from prompts import template_features, template_groups
 from runs import ELSEWHERE, find_runs, read_result
@@ -47,8 +47,11 @@ def load_run(folder, clip=None, device=None):
             f"{folder} was trained with another CLIP than {clip or config['clip']}"
             f" (weights {fingerprint[:8]}..., not {found[:8]}...): name it with --clip"
         )
-    model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"])
-    model.load_state_dict(state)
+    try:
+        model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"])
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
     return config, groups, model.to(clip_model.logit_scale.device), clip_model, fingerprint
 
 
@@ -57,7 +60,11 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
     config, groups, model, clip_model, fingerprint = load_run(folder, clip, device)
     trained = read_result(folder / "result.json")
-    dataset, classes = dataset or config["dataset"], classes or config["classes"]
+    dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
+    if dataset != config["dataset"] and dataset_name(dataset) == dataset_name(config["dataset"]):
+        raise BadInput(
+            f"{dataset} has the name of the run's own dataset, {config['dataset']}: rename it"
+        )
     split = select_classes(load_split(dataset, data or config["data"]), classes)
     features = image_features(
         clip_model,

@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ import shapes
 from backbone import MEAN, STD, BadInput
 from data import open_image
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mocoop"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; what is encoded is safe on disk at least this often
 BICUBIC = T.InterpolationMode.BICUBIC
@@ -61,7 +59,7 @@ class _Preprocessed(Dataset):
 
     def __getitem__(self, i):
         path, view = self.wanted[i]
-        seed = hashlib.sha256(f"{path}|{view}".encode()).digest()
+        seed = hashlib.sha256(os.fsencode(f"{path}|{view}")).digest()
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int.from_bytes(seed[:8], "little"))
@@ -97,9 +95,9 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
     for item in items:
         identity = _identity(split, item.path)
         for view in views:
-            keys.append(hashlib.blake2b(f"{identity}|{view}".encode(), digest_size=16).digest())
+            keys.append(hashlib.blake2b(os.fsencode(f"{identity}|{view}"), digest_size=16).digest())
             wanted[keys[-1]] = (item.path, view)
-    rows = _load_rows(folder, set(wanted))
+    rows = _load_rows(folder, set(wanted), model.text_projection.shape[1])
     todo = [key for key in wanted if key not in rows]
     print(
         f"{what}: {len(items):,}"
@@ -153,16 +151,21 @@ def _identity(split, path):
     return f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
-def _load_rows(folder, keys):
+def _load_rows(folder, keys, width):
     """The cached rows of `keys`, as far as there are any: {key: (D,) float32}."""
     rows = {}
-    for shard in sorted(folder.glob("*.npz")):
+    for shard in sorted(folder.glob("*.npz")) if os.access(folder, os.R_OK | os.X_OK) else []:
         try:
             with np.load(shard) as file:  # the zip format brings checksums
                 shard_keys = [key.tobytes() for key in file["keys"]]
                 if not keys.isdisjoint(shard_keys):
-                    rows.update((k, r) for k, r in zip(shard_keys, file["rows"]) if k in keys)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+                    shard_rows = file["rows"]
+                    if shard_rows.shape != (len(shard_keys), width) or np.isnan(shard_rows).any():
+                        raise ValueError("not features of this CLIP")
+                    rows.update((k, r) for k, r in zip(shard_keys, shard_rows) if k in keys)
+        except OSError as error:
+            print(f"a cache file is left out: {error}")
+        except Exception:  # damaged bytes may raise anything, and are only a cache
             print(f"the cache file {shard} is damaged: encoding its images again")
             with contextlib.suppress(OSError):
                 shard.unlink()
@@ -182,3 +185,5 @@ def _save_rows(folder, keys, rows):
         Path(file.name).replace(Path(file.name).with_suffix(".npz"))
     except OSError as error:
         print(f"features are not cached: {error}")
+        with contextlib.suppress(OSError, NameError):
+            os.unlink(file.name)

@@ -1,5 +1,7 @@
 """Pictures of a run: which prompt fires for what, and test images with their prompts."""
 
+import warnings
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -9,6 +11,7 @@ import numpy as np
 import shapes
 
 plt.rcParams["text.parse_math"] = False  # a class name may hold a dollar
+warnings.filterwarnings("ignore", "Glyph")  # nor has the font every script
 MOST_ROWS = 40  # of a heat map
 
 

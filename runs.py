@@ -18,6 +18,7 @@ from backbone import BadInput, read_torch_file
 RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
 )
+STATE = {"config", "made_of", "epoch", "model", "optimiser", "scaler", "order_rng", "seconds"}
 ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
 
 
@@ -40,7 +41,9 @@ def open_run(folder, config, resume):
     state, there = None, config
     if stopped:
         state = read_torch_file(folder / "resume.pt", "state to resume from")
-        there = state.get("config", {})
+        if not state.keys() >= STATE or not isinstance(state["config"], dict):
+            raise BadInput(f"{folder / 'resume.pt'} is not a state to resume from: remove it")
+        there = state["config"]
     elif finished:
         there = read_result(folder / "result.json")["config"]
     for flag in config:
@@ -50,8 +53,12 @@ def open_run(folder, config, resume):
                 " remove it or name another --out"
             )
     if not resume:
-        if finished:
-            print(f"{folder} holds this run already: it will be replaced")
+        if stopped:
+            print(
+                f"{folder} holds this run, stopped halfway: starting over, as --resume is not given"
+            )
+        elif finished:
+            print(f"{folder} holds this run and its evaluations already: they will be replaced")
         return None
     if state is None and finished:
         print(f"the run in {folder} is finished: nothing to resume")
@@ -64,17 +71,23 @@ def read_result(path):
     """A `result.json` as a dictionary. Raises BadInput if it is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["config"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not the result of a run: remove it") from error
+        numbers = [result[key] for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy")]
+        names = [result[key] for key in ("dataset", "classes", "n_prompts", "n_train")]
+        flags = [result["config"][key] for key in ("dataset", "classes", "shots", "seed", "method")]
+        complete = None not in (*numbers, *names, *flags)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        complete = False
+    if not complete:
+        raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
     return result
 
 
 def save_torch(content, path):
     """`torch.save` under a temporary name, renamed when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")  # its own, should two runs meet here
+    torch.save(content, scratch)
+    scratch.replace(path)
 
 
 def discard(folder):
@@ -98,7 +111,7 @@ def publish(folder, checkpoint, result):
             stale.unlink()  # of the checkpoint that stood here before
     (folder / "router.tmp").replace(folder / "router.png")
     (folder / "result.tmp").replace(folder / "result.json")
-    (folder / "resume.pt").unlink()
+    (folder / "resume.pt").unlink(missing_ok=True)
 
 
 def find_runs(folder):

@@ -29,7 +29,15 @@ from tqdm import tqdm
 
 import plots
 from backbone import BadInput, exit_on_bad_input, load_clip
-from data import DATASETS, class_range, dataset_name, few_shot, load_split, select_classes
+from data import (
+    DATASETS,
+    class_range,
+    dataset_name,
+    few_shot,
+    full_dataset,
+    load_split,
+    select_classes,
+)
 from features import image_features
 from losses import gate_loss, image_loss, text_loss
 from prompts import (
@@ -95,13 +103,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def number(kind, least):
-    """An argparse type: a finite `kind` (int or float), at least so large."""
+def number(kind, least, most=2**31):
+    """An argparse type: an int or float between two bounds."""
 
     def parse(text):
         value = kind(text)
-        if not (value >= least and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
@@ -161,6 +169,7 @@ def resolve(args):
     """
     config = vars(args).copy()
     resume = config.pop("resume")
+    config["dataset"] = full_dataset(config["dataset"])
     published = (config["groups"] or METHODS[config["method"]]["groups"]) == "published"
     groups = template_groups(config["dataset"]) if published else read_groups(config["groups"])
     if config["top_k"] and config["top_k"] > len(groups):
@@ -171,7 +180,10 @@ def resolve(args):
         label = method_label(config, len(groups))
         run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
         config["out"] = str(Path("out", dataset_name(config["dataset"]), run))
-    return config, groups, Path(config["out"]), resume
+    folder = Path(config["out"])
+    if Path(config["dataset"]).is_absolute() and folder.resolve().is_relative_to(config["dataset"]):
+        raise BadInput(f"{folder} lies in the dataset itself: name another --out")
+    return config, groups, folder, resume
 
 
 def preset(config, n_prompts):
@@ -342,8 +354,8 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
             usage += weights.detach().sum(dim=0)
             bar.update()
         losses = dict(zip(("loss", "image", "gate", "text"), (sums / n_batches).tolist()))
-        if not math.isfinite(losses["loss"]):
-            raise NotFinite(f"the loss is not finite in epoch {epoch + 1}")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise NotFinite(f"training has diverged in epoch {epoch + 1}")
         shares = " ".join(f"{100 * share:2.0f}" for share in (usage / usage.sum()).tolist())
         told = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         bar.write(

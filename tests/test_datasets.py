@@ -236,7 +236,11 @@ def test_a_folder_a_class_is_split_50_20_30_whatever_the_seed(
     assert split == load_split(str(folder), "unused")
     flags = "--shots 4 --epochs 1 --seed 7 --clip"
     result = run_train(flags, random_clip_file, "--dataset", folder)
-    assert result["dataset"] == "my photos" and result["split"] == "seeded"
+    assert (
+        result["dataset"] == "my photos"
+        and result["config"]["dataset"] == str(folder)
+        and result["split"] == "seeded"
+    )
     assert result["n_prompts"] == 4  # SUN397's general groups
     assert (result["n_train"], result["n_test"]) == (12, 9)
 
@@ -301,7 +305,7 @@ def test_folders_that_cannot_be_learned_from_are_refused(tmp_path, classes, n, s
 
 def test_two_folders_with_one_class_name_are_refused(tmp_path):
     folder = make_folder(tmp_path / "photos", ["red_cat", "red cat"])
-    with pytest.raises(BadInput, match="two folders in .* stand for one class name, 'red cat'"):
+    with pytest.raises(BadInput, match="two classes in .* have one name.*: 'red cat'"):
         load_split(str(folder), "")
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import draw_image
 
 import eval
 from backbone import BadInput
@@ -59,12 +60,37 @@ def test_what_is_no_run_is_refused(run_train, tmp_path):
     run_train("--shots 1 --epochs 1")
     file = tmp_path / "run/checkpoint.pt"
     whole = file.read_bytes()
+    for damaged in (whole[:1000], whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:]):
+        file.write_bytes(damaged)
+        with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
+            eval.evaluate(tmp_path / "run")
     file.write_bytes(whole[:1000])
     with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
         eval.evaluate(tmp_path / "run")
     torch.save({}, file)
     with pytest.raises(BadInput, match="checkpoint.pt lacks 'config'"):
         eval.evaluate(tmp_path / "run")
+
+
+def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file, tmp_path):
+    for root in ("a", "b"):
+        for name in ("cat", "dog"):
+            for i in range(6):
+                draw_image(tmp_path / root / "photos" / name / f"{i}.jpg", f"{name}{i}")
+    flags = f"--epochs 1 --views 1 --clip {random_clip_file} --dataset"
+    own = run_train(flags, tmp_path / "a/photos/")
+    again = eval.evaluate(tmp_path / "run", dataset=str(tmp_path / "b/../a/photos"))
+    assert again["accuracy"] == own["accuracy"]
+    with pytest.raises(BadInput, match="has the name of the run's own dataset"):
+        eval.evaluate(tmp_path / "run", dataset=str(tmp_path / "b/photos"))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": {"seed": 1}}', "[" * 100_000])
+def test_the_table_names_a_damaged_result(tmp_path, content):
+    write_run(tmp_path / "a", 1, 90.0)
+    (tmp_path / "a/result.json").write_text(content)
+    with pytest.raises(BadInput, match="result.json is not the result of a run, or damaged"):
+        eval.table(tmp_path)
 
 
 @pytest.mark.parametrize("flags", ["", "run --table out", "--table nowhere", "nowhere"])
@@ -90,7 +116,7 @@ def write_run(folder, seed, accuracy, classes="all", shots=4, evaluations=(), **
     } | flags  # fmt: skip
     result = {
         "dataset": "eurosat", "classes": classes, "n_prompts": 6, "accuracy": accuracy,
-        "zero_shot_accuracy": 50.0, "ensemble_accuracy": 60.0, "config": config,
+        "n_train": 40, "zero_shot_accuracy": 50.0, "ensemble_accuracy": 60.0, "config": config,
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
