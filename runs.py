@@ -54,9 +54,7 @@ def open_run(folder, config, resume):
             )
     if not resume:
         if stopped:
-            print(
-                f"{folder} holds this run, stopped halfway: starting over, as --resume is not given"
-            )
+            print(f"{folder} holds this run, stopped halfway: starting over without --resume")
         elif finished:
             print(f"{folder} holds this run and its evaluations already: they will be replaced")
         return None
