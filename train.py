@@ -273,9 +273,6 @@ def describe(config, split, model, classes):
         "n_classes": len(split.class_names),
         "n_test": len(split.test),
         "split": split.source,
-        "few_shot_samples": "coop"
-        if split.source == "coop" and split.name != "imagenet"
-        else "own",
     }
 
 
