@@ -43,20 +43,18 @@ def router_picture(result, path):
     unusual = np.abs(share - share.mean(axis=0)).sum(axis=1).argsort()[::-1]
     shown = sorted(unusual[:MOST_ROWS])
     figure, axes = plt.subplots(
-        figsize=(2.6 + 0.75 * len(columns), 2.0 + 0.32 * len(shown)), layout="constrained"
+        figsize=(max(7.0, 2.6 + 0.75 * len(columns)), 2.2 + 0.32 * len(shown)), layout="constrained"
     )
     axes.imshow(share[shown], cmap="Greys", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
     axes.set_yticks(range(len(shown)), [result["router"]["rows"][row] for row in shown])
     axes.set_xlabel("soft prompt, by the template it started from")
     which = "" if len(shown) == len(share) else f" (the {MOST_ROWS} most unusual)"
-    title = (
-        f"{result['dataset']}, {result['classes']} classes{which}: share of the router's weight (%)"
-    )
-    axes.set_title(title, loc="left", fontsize=10)
+    title = f"{result['dataset']}, {result['classes']} classes{which}:"
+    axes.set_title(f"{title}\nshare of the router's weight (%)", loc="left", fontsize=10)
     for y, row in enumerate(shown):
         for x, value in enumerate(share[row]):
-            colour = "white" if value > 0.5 else "black"
+            colour = "white" if value > 0.6 else "black"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
@@ -78,9 +76,10 @@ def samples_picture(split, images, weights, answers, columns, path):
     for axes, (item, image), row, answer in zip(grid.flat, images, weights, answers):
         axes.imshow(image)
         truth, told = split.class_names[item.label], split.class_names[answer]
-        verdict = truth if truth == told else f"{truth}, taken for {told}"
+        verdict = truth if truth == told else f"{truth},\ntaken for {told}"
+        colour = "black" if truth == told else "firebrick"
         chosen = [g for g in row.argsort(descending=True).tolist() if row[g] > 0]
         lines = [f"{100 * row[g]:.0f}% {columns[g]}" for g in chosen]
-        axes.set_title("\n".join([verdict, *lines]), fontsize=8, loc="left")
+        axes.set_title("\n".join([verdict, *lines]), fontsize=8, loc="left", color=colour)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -282,7 +282,8 @@ class SoftPrompts(nn.Module):
         "a photo of a {}, a type of flower."
          v v     v  v name v v   v    v          v: a context vector, shared by all classes
 
-    SOS, the name's tokens and EOT stay frozen. The full stop is dropped. The parameters know
+    SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
+    (the hard templates keep theirs). The parameters know
     nothing of the classes: `set_classes` lays the prompts out for any names, also for classes
     that training never saw.
     """

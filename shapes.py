@@ -382,15 +382,20 @@ def train_clip():
 def draw_sheet(path):
     """The README's picture of the world: a row a style, the shifted test sets below."""
     rows = [(None, style) for style in STYLES]
-    rows += [(name, styles[0]) for name, styles in DATASETS.items()]
-    rows += [("shapes_r", style) for style in DATASETS["shapes_r"][1:]]
-    cell = SIZE + 2
-    sheet = Image.new("RGB", (cell * len(SHAPES), cell * len(rows)), "white")
+    rows += [(name, style) for name in DATASETS for style in DATASETS[name]]
+    rows = [row for row in rows if row[0] not in ("shapes_v2", "shapes_a") or row[1] == "photo"]
+    cell, margin = 2 * (SIZE + 2), 130
+    sheet = Image.new("RGB", (margin + cell * len(SHAPES), cell * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
     for y, (dataset, style) in enumerate(rows):
+        pen.text((6, y * cell + 14), f"{dataset or 'seen by its CLIP'}\n{style}", fill="black")
         for x, shape in enumerate(SHAPES):
             colour = list(COLOURS)[(x + y) % len(COLOURS)]
-            sheet.paste(draw(colour, shape, style, 0, dataset), (x * cell, y * cell))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.NEAREST).save(path)
+            image = draw(colour, shape, style, 0, dataset).resize(
+                (2 * SIZE, 2 * SIZE), Image.NEAREST
+            )
+            sheet.paste(image, (margin + x * cell, y * cell))
+    sheet.save(path)
 
 
 def main():
