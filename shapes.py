@@ -1,6 +1,6 @@
 """The embedded world: coloured shapes drawn in styles, and a thumb-sized CLIP that has seen them.
 
-    python shapes.py              # redraw the world and retrain its CLIP (8 minutes on two cores)
+    python shapes.py              # redraw the world and retrain its CLIP (10 minutes on two cores)
     python shapes.py --sheet FILE # only draw a picture of the world
 
 Everything that prompt learning needs in miniature, without a download: 16 shapes x 10 colours make
