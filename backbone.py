@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import warnings
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import clip
 import torch
@@ -28,8 +28,8 @@ CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its
 class BadInput(ValueError):
     """Something the user gave cannot be used. The message is one line: what, and the way out.
 
-    The commands print it and exit with status 2; everything else that goes wrong is a bug and
-    keeps its traceback.
+    The commands print it and exit with status 2. So they do with what the machine refuses
+    (OSError); everything else that goes wrong is a bug and keeps its traceback.
     """
 
 
@@ -43,10 +43,7 @@ def exit_on_bad_input(main):
     """Runs a command line: bad input ends it with one line and exit status 2."""
     try:
         main()
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # no permission, a full disk, a name too long: it says which file
+    except (BadInput, OSError) as error:  # OSError: no permission, a full disk, a name too long
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -104,17 +101,20 @@ def read_torch_file(path, what):
                     if archive.testzip() is None:
                         content = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # on damaged bytes the unpickler stumbles in any way at all
-                raise BadInput(f"{path} is not a {what}, or damaged: remove it") from error
+                raise BadInput(f"{path} is not a {what}, or damaged") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a {what}, or damaged: remove it")
+        raise BadInput(f"{path} is not a {what}, or damaged")
     return content
 
 
 def _read_state(path):
     """The state dict in a TorchScript archive or in a file of `torch.save`."""
-    if not (
-        is_zipfile(path) and "constants.pkl" in {Path(n).name for n in ZipFile(path).namelist()}
-    ):
+    try:
+        with ZipFile(path) as archive:
+            script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except BadZipFile:
+        script = False
+    if not script:
         return read_torch_file(path, "CLIP checkpoint")
     with warnings.catch_warnings():  # TorchScript is deprecated, but it is what OpenAI ships
         warnings.simplefilter("ignore", FutureWarning)

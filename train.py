@@ -389,13 +389,11 @@ def train(config, groups, folder, resume):
     torch.manual_seed(config["seed"])
     model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"]).to(device)
 
-    # The text loss holds on to every class name, also those without training images. Where it is
-    # off, the trained classes are all there is.
-    names = complete.class_names if config["text_weight"] else split.class_names
-    labels = (
-        class_range(len(names), config["classes"]) if config["text_weight"] else range(len(names))
-    )
-    trained = slice(labels.start, labels.stop)  # of `names`
+    names, trained = split.class_names, slice(None)  # trained: which of the names have images
+    if config["text_weight"]:  # the text loss holds on to every class name
+        names = complete.class_names
+        with_images = class_range(len(names), config["classes"])
+        trained = slice(with_images.start, with_images.stop)
     model.prompts.set_classes(clip_model, names)
     templates = [template for group in groups for template in group]
     hard = template_features(clip_model, templates, names)  # (T, C, D)

@@ -59,6 +59,8 @@ def test_files_that_are_no_clip_are_refused_in_one_line(random_clip_file, tmp_pa
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    directory = whole.rindex(b"PK\x01\x02")  # the last entry of the archive's directory
+    (tmp_path / "directory.pt").write_bytes(whole[:directory] + b"XXXX" + whole[directory + 4 :])
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "linear.pt")
     incomplete = torch.load(random_clip_file, weights_only=True)
