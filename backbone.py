@@ -19,6 +19,8 @@ import clip
 import torch
 from clip.model import build_model
 
+import parallel
+
 TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip.pt"  # the embedded world's, see shapes.py
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,10 +46,10 @@ def exit_on_bad_input(main):
     try:
         main()
     except (BadInput, OSError) as error:  # OSError: no permission, a full disk, a name too long
-        print(error, file=sys.stderr)
+        parallel.complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        parallel.complain("stopped")
         sys.exit(130)
 
 

@@ -24,6 +24,7 @@ import torchvision.transforms as T
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import parallel
 import shapes
 from backbone import MEAN, STD, BadInput
 from data import open_image
@@ -97,46 +98,63 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
         for view in views:
             keys.append(hashlib.blake2b(os.fsencode(f"{identity}|{view}"), digest_size=16).digest())
             wanted[keys[-1]] = (item.path, view)
-    rows = _load_rows(folder, set(wanted), model.text_projection.shape[1])
-    todo = [key for key in wanted if key not in rows]
+    # The first process keeps the cache; all encode.
+    rows = {}
+    if parallel.rank() == 0:
+        rows = _load_rows(folder, set(wanted), model.text_projection.shape[1])
+    todo = parallel.from_first([key for key in wanted if key not in rows])
     print(
         f"{what}: {len(items):,}"
         + (f" x {len(views)} views" if len(views) > 1 else "")
         + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
     )
-    if todo:
-        batch_size = BATCH[device.type]
-        loader = DataLoader(
-            _Preprocessed(split, transform, [wanted[key] for key in todo]),
-            batch_size=batch_size,
-            num_workers=0 if device.type == "cpu" else min(8, os.cpu_count()),
-            collate_fn=_collate,
-        )
-        new = []
-        for images in tqdm(loader, "encoding", leave=False, disable=None):
-            if isinstance(images, BadInput):
-                raise images
-            new += _encode(model, images.to(device), batch_size)
-            if len(new) >= SHARD or len(new) == len(todo):
-                rows.update(zip(todo, new))
-                _save_rows(folder, todo[: len(new)], new)
-                new, todo = [], todo[len(new) :]
-    features = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
+    bar = tqdm(total=len(todo), desc="encoding", leave=False, disable=parallel.rank() > 0 or None)
+    for start in range(0, len(todo), SHARD):
+        shard = todo[start : start + SHARD]
+        own = shard[parallel.rank() :: parallel.world()]
+        try:
+            encoded = _encode(model, _Preprocessed(split, transform, [wanted[k] for k in own]), bar)
+        except BadInput as error:  # goes round, so that all processes end with it
+            encoded = error
+        parts = parallel.gather(encoded)
+        for part in parts:
+            if isinstance(part, BadInput):
+                raise part
+        shard_rows = [None] * len(shard)
+        for r, part in enumerate(parts):
+            shard_rows[r :: len(parts)] = part
+        rows.update(zip(shard, shard_rows))
+        if parallel.rank() == 0:
+            _save_rows(folder, shard, shard_rows)
+    bar.close()
+    features = None
+    if parallel.rank() == 0:
+        features = torch.from_numpy(np.stack([rows[key] for key in keys]))
+    features = parallel.from_first(features).to(device)
     return features if n_views is None else features.view(len(items), len(views), -1)
 
 
 @torch.no_grad()
-def _encode(model, images, batch_size):
-    """Normalised features of up to `batch_size` images, a list of (D,) arrays.
+def _encode(model, images, bar):
+    """Normalised features of preprocessed images, a list of (D,) arrays.
 
-    The batch is filled up with zeros: matrix products of one shape give an image the same bits
-    whatever its neighbours, so a run does not depend on what was in the cache before it.
+    Every batch is filled up with zeros to one size: matrix products of one shape give an image the
+    same bits whatever its neighbours, so a run does not depend on what was in the cache before it.
     """
-    padded = images.new_zeros(batch_size, *images.shape[1:])
-    padded[: len(images)] = images
-    with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
-        features = model.encode_image(padded)[: len(images)].float()
-    return list(F.normalize(features, dim=-1).cpu().numpy())
+    device = model.logit_scale.device
+    n_workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // parallel.world())
+    loader = DataLoader(images, BATCH[device.type], num_workers=n_workers, collate_fn=_collate)
+    rows = []
+    for batch in loader:
+        if isinstance(batch, BadInput):
+            raise batch
+        padded = batch.new_zeros(BATCH[device.type], *batch.shape[1:], device=device)
+        padded[: len(batch)] = batch.to(device)
+        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+            features = model.encode_image(padded)[: len(batch)].float()
+        rows.extend(F.normalize(features, dim=-1).cpu().numpy())
+        bar.update(len(batch))
+    return rows
 
 
 def _identity(split, path):

@@ -1,4 +1,4 @@
-"""Templates and groups, hard prototypes, soft prompts, and the text encoder that reads them.
+"""Templates and groups, hard prototypes, soft prompts.
 
 A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
 the same thing about an image ("a low resolution photo of", "a pixelated photo of") form a *group*.
@@ -12,6 +12,7 @@ Letters in shapes: G groups = soft prompts, T templates, C classes, L tokens, W 
 encoder, D width of the joint embedding.
 """
 
+import math
 import re
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import BadInput
+from encoder import CHUNK, pack, text_features
 
 # ---------------------------------------------------------------------------------- templates
 # The published groups (arXiv 2409.12011 and its code). The first template of a group starts its
@@ -169,41 +171,6 @@ def zero_shot_template(dataset):
     return ZERO_SHOT_TEMPLATES.get(dataset, "a photo of a {}.")
 
 
-# ------------------------------------------------------------------------------- text encoder
-
-
-def _block(block, x):
-    """One of clip's residual attention blocks on (N, L, W), for any L and causal.
-
-    The same arithmetic as `clip.model.ResidualAttentionBlock`, whose mask fits 77 tokens only.
-    """
-    attention = block.attn
-    n, length, width = x.shape
-    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.view(n, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N, heads, L, W / heads)
-    x = x + attention.out_proj(mixed.transpose(1, 2).reshape(n, length, width))
-    return x + block.mlp(block.ln_2(x))
-
-
-def encode_text(model, embeddings, eot):
-    """CLIP's text encoder, from token embeddings to features.
-
-    It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
-    batch can change the result, and those positions are not computed: `clip` computes all 77, of
-    which "a photo of a" most things needs fewer than 13.
-
-    model: a `clip.model.CLIP`. embeddings: (N, L, W), L at most the model's context length.
-    eot: (N,) position of EOT in each row. Returns (N, D), not normalised.
-    """
-    length = int(eot.max()) + 1
-    x = embeddings[:, :length] + model.positional_embedding[:length]
-    for block in model.transformer.resblocks:
-        x = _block(block, x)
-    x = x[torch.arange(len(x), device=x.device), eot]  # (N, W)
-    return model.ln_final(x) @ model.text_projection
-
-
 # ----------------------------------------------------------------------------- hard templates
 
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
@@ -237,30 +204,27 @@ def _known_tokens(model):
 
 
 @torch.no_grad()
-def template_features(model, templates, class_names, rows_at_once=1024):
+def template_features(model, templates, class_names):
     """Every template with every class name, as CLIP reads it: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template brings it or not.
     Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
     """
     known = _known_tokens(model)
-    device = model.positional_embedding.device
-    tokens = []
+    sentences = []  # [template][class]: tokens
     for template in templates:
         sentence = check_template(template).strip().rstrip(".") + "."
+        sentences.append([])
         for name in class_names:
             text = sentence.replace("{}", name)
-            tokens.append(torch.tensor([SOS, *token_ids(text), EOT]))
-            _check_length(model, len(tokens[-1]), text)
-            _check_words(known, tokens[-1], text)
-    features = []
-    for start in range(0, len(tokens), rows_at_once):
-        chunk = tokens[start : start + rows_at_once]
-        eot = torch.tensor([len(ids) - 1 for ids in chunk], device=device)
-        ids = nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=EOT).to(device)
-        features.append(encode_text(model, model.token_embedding(ids), eot))
-    features = F.normalize(torch.cat(features).float(), dim=-1)
-    return features.view(len(templates), len(class_names), -1)
+            tokens = [SOS, *token_ids(text), EOT]
+            _check_length(model, len(tokens), text)
+            _check_words(known, tokens, text)
+            sentences[-1].append(tokens)
+    table = model.token_embedding.weight
+    rows = pack(sentences, table.shape[1], table.device)
+    features = text_features(model, table, rows, len(templates) * len(class_names))
+    return F.normalize(features, dim=-1).view(len(templates), len(class_names), -1)
 
 
 def hard_prototypes(features, groups):
@@ -297,8 +261,7 @@ class SoftPrompts(nn.Module):
         self.templates = list(templates)
         # Made by `set_classes` on the device of its CLIP (so after any `.to`):
         self.frozen = None  # (R, W): embeddings of SOS, EOT and the names' tokens
-        self.index = None  # (G C, L): each prompt as rows of [frozen; all context vectors]
-        self.eot = None  # (G C,): the position of EOT
+        self.rows = None  # encoder.Rows: all prompts with all names, as indices into the table
         self.shape = None  # (G, C)
         known = _known_tokens(model)
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
@@ -314,7 +277,7 @@ class SoftPrompts(nn.Module):
         """Lays out every prompt with every class name.
 
         All vectors that occur stand in one table: first the frozen ones, then each prompt's
-        context. A prompt is then a row of indices into that table, and laying out G x C prompts
+        context. A sentence is then a list of indices into that table, and laying out G x C of them
         is one look-up, differentiable in the context.
 
         Raises BadInput for a name that makes a prompt too long or has no embedding.
@@ -323,32 +286,42 @@ class SoftPrompts(nn.Module):
         names = [token_ids(name) for name in class_names]
         for text, name in zip(class_names, names):
             _check_words(known, name, text)
-        frozen_ids = [SOS, EOT, *sorted({i for name in names for i in name})]
-        row_of = {token: row for row, token in enumerate(frozen_ids)}
-        prompts, next_row = [], len(frozen_ids)
-        for template, before, after in zip(self.templates, self.context_before, self.context_after):
-            first, middle = next_row, next_row + len(before)
-            next_row = middle + len(after)
+        frozen = [SOS, EOT, *sorted({token for name in names for token in name})]
+        index = {token: i for i, token in enumerate(frozen)}
+        sentences, after = [], len(frozen)  # [prompt][class]: indices
+        for template, context_before, context_after in zip(
+            self.templates, self.context_before, self.context_after
+        ):
+            before, middle = after, after + len(context_before)
+            after = middle + len(context_after)
+            sentences.append([])
             for text, name in zip(class_names, names):
-                name_rows = [row_of[token] for token in name]
-                prompt = [0, *range(first, middle), *name_rows, *range(middle, next_row), 1]
-                _check_length(model, len(prompt), template.replace("{}", text))
-                prompts.append(torch.tensor(prompt))
+                name = [index[token] for token in name]
+                sentence = [
+                    index[SOS],
+                    *range(before, middle),
+                    *name,
+                    *range(middle, after),
+                    index[EOT],
+                ]
+                _check_length(model, len(sentence), template.replace("{}", text))
+                sentences[-1].append(sentence)
         self.shape = len(self.templates), len(class_names)
-        device = model.positional_embedding.device
-        self.frozen = model.token_embedding.weight[frozen_ids].float()
-        self.eot = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        self.index = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)  # (G C, L)
+        weight = model.token_embedding.weight
+        self.frozen = weight[frozen].float()
+        self.rows = pack(sentences, weight.shape[1], weight.device)
 
-    def text_features(self, model, bias=None):
+    def text_features(self, model, bias=None, only=None, chunk=CHUNK):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
         bias: None or (1, D), one vector added to all features before normalising (LASP's
-        correction).
+        correction). only: None or (G,) bool, the prompts that somebody will read; the others are
+        not computed, and what stands in their place is meaningless. chunk: see
+        `encoder.text_features`.
         """
         table = torch.cat([self.frozen, *chain(*zip(self.context_before, self.context_after))])
-        embeddings = F.embedding(self.index, table)  # (G C, L, W)
-        features = encode_text(model, embeddings, self.eot).float()
+        rows = self.rows if only is None else self.rows[only[self.rows.prompt]]
+        features = text_features(model, table, rows, math.prod(self.shape), chunk)
         if bias is not None:
             features = features + bias
         return F.normalize(features, dim=-1).view(*self.shape, -1)

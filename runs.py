@@ -19,7 +19,7 @@ RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
 )
 STATE = {"config", "made_of", "epoch", "model", "optimiser", "scaler", "order_rng", "seconds"}
-ELSEWHERE = ("data", "device", "out")  # flags that do not change what a run is
+ELSEWHERE = ("chunk", "data", "device", "out")  # flags that do not change what a run is
 
 
 def open_run(folder, config, resume):

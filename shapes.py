@@ -36,7 +36,8 @@ from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from backbone import MEAN, STD, TINY_CLIP
-from prompts import TEMPLATE_GROUPS, encode_text
+from encoder import encode_text
+from prompts import TEMPLATE_GROUPS
 
 SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # names this way to draw
 SIZE = 32  # pixels a side of a finished image

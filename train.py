@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import parallel
 import plots
 from backbone import BadInput, exit_on_bad_input, load_clip
 from data import (
@@ -38,6 +40,7 @@ from data import (
     load_split,
     select_classes,
 )
+from encoder import CHUNK
 from features import image_features
 from losses import gate_loss, image_loss, text_loss
 from prompts import (
@@ -84,15 +87,9 @@ class MoCoOp(nn.Module):
         self.text_bias = nn.Parameter(torch.zeros(1, width)) if text_bias else None
         self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
 
-    def text_features(self, clip_model):
+    def text_features(self, clip_model, only=None, chunk=CHUNK):
         """(G, C, D) of the classes that `prompts.set_classes` was given last."""
-        return self.prompts.text_features(clip_model, self.text_bias)
-
-    def forward(self, image_features, text_features):
-        """(B, D), (G, C, D) -> class logits (B, C), gate logits (B, G), prompt weights (B, G)."""
-        gate_logits, weights = self.router(image_features)
-        logits = mixed_logits(image_features, text_features, weights, self.logit_scale)
-        return logits, gate_logits, weights
+        return self.prompts.text_features(clip_model, self.text_bias, only, chunk)
 
 
 # ---------------------------------------------------------------------------------- the flags
@@ -100,7 +97,8 @@ class MoCoOp(nn.Module):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the usage in front
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        parallel.complain(f"{self.prog}: {message} (--help lists the flags)")
+        self.exit(2)
 
 
 def number(kind, least, most=2**31):
@@ -146,6 +144,12 @@ def make_parser():
 
     add = parser.add_argument_group("where").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add(
+        "--chunk",
+        type=number(int, 1),
+        default=CHUNK,
+        help=f"prompts x classes encoded at a time (default: {CHUNK})",
+    )
     add("--out", help="the run's folder (default: out/<dataset>/<run>)")
     add("--resume", action="store_true", help="go on where this run was stopped")
     return parser
@@ -154,6 +158,8 @@ def make_parser():
 def choose_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda"):  # one each for the processes of torchrun
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"no device {name!r}: {str(error).splitlines()[0]}") from error
@@ -241,9 +247,11 @@ def measure(clip_model, model, split, items, features):
     """
     model.prompts.set_classes(clip_model, split.class_names)
     text_features = model.text_features(clip_model)
-    chunks = [model(f, text_features) for f in features.split(1024)]  # bounds (B, G, C)
-    predictions = torch.cat([logits.argmax(dim=-1) for logits, _, _ in chunks]).cpu()
-    weights = torch.cat([w for _, _, w in chunks]).cpu()
+    _, weights = model.router(features)
+    predictions = []
+    for f, w in zip(features.split(1024), weights.split(1024)):  # bounds (B, G, C)
+        predictions.append(mixed_logits(f, text_features, w, model.logit_scale).argmax(dim=-1))
+    predictions, weights = torch.cat(predictions).cpu(), weights.cpu()
     labels = torch.tensor([item.label for item in items])
     per_class = {}
     for label, name in enumerate(split.class_names):
@@ -322,7 +330,12 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
         first_epoch, seconds = state["epoch"], state["seconds"]
     n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
     start = time.time()
-    bar = tqdm(total=config["epochs"] * n_batches, leave=False, disable=None, unit="step")
+    bar = tqdm(
+        total=config["epochs"] * n_batches,
+        leave=False,
+        disable=parallel.rank() > 0 or None,
+        unit="step",
+    )
     bar.update(first_epoch * n_batches)
     for epoch in range(first_epoch, config["epochs"]):
         lr = learning_rate(epoch, config["epochs"], config["lr"])
@@ -333,12 +346,17 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
         sums, usage = 0, 0  # of the four losses (4,) and of the router's weights (G,)
         for batch in order.split(config["batch_size"])[:n_batches]:
             f, y = features[batch, views[batch]], labels[batch]  # (B, D), (B,)
+            gate_logits, weights = model.router(f)
+            # Without the text loss nobody reads the prompts that no image of the batch selected.
+            only = None if config["text_weight"] else weights.any(dim=0)
             with torch.autocast("cuda", mixed, enabled=features.is_cuda):
-                text_features = model.text_features(clip_model)  # once, for both losses
-            logits, gate_logits, weights = model(f, text_features[:, trained])
+                text_features = model.text_features(clip_model, only, config["chunk"])
+            logits = mixed_logits(f, text_features[:, trained], weights, model.logit_scale)
             target = gate_target(f, prototypes[:, trained], y, config["top_k"])
             image, gate = image_loss(logits, y), gate_loss(gate_logits, target)
-            text = text_loss(text_features, prototypes, config["text_scale"])
+            text = torch.zeros_like(image)
+            if config["text_weight"]:
+                text = text_loss(text_features, prototypes, config["text_scale"])
             total = image + config["gate_weight"] * gate + config["text_weight"] * text
 
             optimiser.zero_grad()
@@ -375,8 +393,9 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
 def train(config, groups, folder, resume):
     """One run, from flags to files."""
     device = choose_device(config["device"])
+    parallel.start(device)
     state = open_run(folder, config, resume)
-    complete = load_split(config["dataset"], config["data"])
+    complete = parallel.first(lambda: load_split(config["dataset"], config["data"]))
     if not complete.train:
         where = f" in {complete.folder}" if config["dataset"] == "imagenet" else ""
         raise BadInput(
@@ -385,7 +404,7 @@ def train(config, groups, folder, resume):
         )
     sample = few_shot(complete, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
-    clip_model, fingerprint = load_clip(config["clip"], device)
+    clip_model, fingerprint = parallel.first(lambda: load_clip(config["clip"], device))
     torch.manual_seed(config["seed"])
     model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"]).to(device)
 
@@ -422,16 +441,19 @@ def train(config, groups, folder, resume):
     val = encode(split.val, "val images") if split.val else None
     features = encode(split.train, "training images", config["views"])
     labels = torch.tensor([item.label for item in split.train], device=device)
+    clip_model.visual = None  # has seen all images; lets go of its memory
     zero_shot, ensemble = baselines(clip_model, split, hard[:, trained], test)
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
     def save(snapshot):
-        save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
+        if parallel.rank() == 0:
+            save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
 
     try:
         seconds = fit(clip_model, model, config, features, labels, prototypes, trained, save, state)
     except NotFinite as error:
-        discard(folder)
+        if parallel.rank() == 0:
+            discard(folder)
         raise BadInput(f"{error}: try a smaller --lr") from error
     val_accuracy = None
     if split.val:
@@ -455,12 +477,14 @@ def train(config, groups, folder, resume):
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
-    publish(folder, checkpoint, result)
+    if parallel.rank() == 0:
+        publish(folder, checkpoint, result)
     print(
         f"after training:  {config['method']} {measured['accuracy']:.2f} %"
         f" on {len(split.test):,} test images, {seconds:.1f} s of training"
     )
     print(f"saved in {folder}: checkpoint.pt, result.json, router.png")
+    parallel.stop()
 
 
 def main():

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import encoder
 import prompts
 from backbone import BadInput
-from prompts import SoftPrompts, encode_text, hard_prototypes, template_features
+from encoder import encode_text
+from prompts import SoftPrompts, hard_prototypes, template_features
 
 NAMES = ["cat", "Annual Crop Land", "long-sleeved t-shirt"]
 
@@ -111,8 +113,8 @@ def test_nothing_after_eot_reaches_the_text_features(random_clip):
 
 def test_the_text_encoder_computes_nothing_after_the_last_eot(random_clip, monkeypatch):
     seen = []
-    block = prompts._block
-    monkeypatch.setattr(prompts, "_block", lambda b, x: seen.append(x.shape[1]) or block(b, x))
+    block = encoder._block
+    monkeypatch.setattr(encoder, "_block", lambda b, x: seen.append(x.shape[1]) or block(b, x))
     encode_text(random_clip, torch.randn(2, 77, 64), torch.tensor([4, 12]))
     assert seen == [13, 13]  # both layers
 

@@ -1,0 +1,189 @@
+"""CLIP's text encoder, for many sentences that begin alike.
+
+Prompt learning reads the same few prompts with every class name, in every step:
+
+    a photo of a [red star]        `clip` computes each of them on its own, all 77 positions,
+    a photo of a [blue ring]       and reads one: EOT. Causal attention never looks to the right,
+    a photo of a [green star]      so most of that is computed twice or for nothing.
+
+Here several sentences of one prompt stand in one *row*, behind their common beginning:
+
+    SOS a photo of a | red star EOT | blue ring EOT | green star EOT
+
+A mask lets each place see the common beginning and, of the rest, its own sentence up to itself;
+position embeddings are those of the sentence, not of the row. Every number is the one that `clip`
+computes. Rows are independent of each other and equally long. So bounding the memory (some rows
+at a time), splitting the work over processes (every nth row) and leaving prompts out are all the
+same thing: take some of the rows.
+
+Letters in shapes: R rows, L places in a row, N sentences, W width of the encoder, D of its output.
+"""
+
+import heapq
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import parallel
+
+CHUNK = 1024  # sentences encoded at a time
+
+
+@dataclass
+class Rows:
+    """Sentences laid out in rows, all on one device."""
+
+    token: torch.Tensor  # (R, L): what stands at each place, an index into a table of embeddings
+    position: torch.Tensor  # (R, L): where in its sentence that place is
+    sentence: torch.Tensor  # (R, L): whose place it is; -1 for the common beginning, -2 for nobody
+    ends: torch.Tensor  # (R, L): whether a sentence ends there, with its EOT
+    prompt: torch.Tensor  # (R,): the prompt that the row's sentences belong to
+
+    def __getitem__(self, some):
+        return Rows(*(field[some] for field in vars(self).values()))
+
+    def __len__(self):
+        return len(self.prompt)
+
+
+def pack(prompts, width, device=None):
+    """Lays sentences out in rows.
+
+    prompts: for each prompt its sentences, for each sentence its tokens, EOT last. Sentences count
+    through: those of the first prompt, those of the second, ... width: W.
+
+    Long rows repeat the common beginning less often, short ones spend less on attention, and the
+    longest row sets the length of all; a few lengths are tried and the cheapest is kept.
+    """
+    # What a prompt's sentences have in common; EOT is always a sentence's own.
+    shared = [len(os.path.commonprefix([s[:-1] for s in sentences])) for sentences in prompts]
+    own = [[len(s) - n for s in sentences] for sentences, n in zip(prompts, shared)]
+    tries = []
+    for power in range(64):
+        parts = int(1.25**power)  # of the longest prompt
+        length = max(n + max(max(sizes), -(-sum(sizes) // parts)) for n, sizes in zip(shared, own))
+        shares = [_deal(sizes, length - n) for n, sizes in zip(shared, own)]
+        loads = [n + load for n, share in zip(shared, shares) for load, _ in share]
+        # In each layer the linear parts cost 12 W^2 a place and attention 2 W L, which runs at
+        # a lower rate: about as if it were W L on top of W^2.
+        per_process = -(-len(loads) // parallel.world())
+        tries.append((per_process * max(loads) * (width + max(loads)), shares))
+        if parts >= max(map(len, prompts)):
+            break
+    _, shares = min(tries, key=lambda t: t[0])
+    rows, first = [], 0
+    for g, (sentences, n, share) in enumerate(zip(prompts, shared, shares)):
+        for _, members in share:
+            row = [(token, i, -1, False) for i, token in enumerate(sentences[0][:n])]
+            for s in members:
+                tail = list(enumerate(sentences[s]))[n:]
+                row += [(token, i, first + s, i == tail[-1][0]) for i, token in tail]
+            rows.append((row, g))
+        first += len(sentences)
+    length = max(len(row) for row, _ in rows)
+    padded = [row + [(row[0][0], 0, -2, False)] * (length - len(row)) for row, _ in rows]
+    token, position, sentence, ends = torch.tensor(padded, device=device).unbind(dim=-1)
+    prompt = torch.tensor([g for _, g in rows], device=device)
+    return Rows(token, position, sentence, ends.bool(), prompt)
+
+
+def _deal(sizes, room):
+    """Sentences of these sizes dealt to as few rows as have the room on average, the longest first
+    and each to the emptiest row: [(tokens, [sentence, ...]) a row]."""
+    rows = [(0, r, []) for r in range(-(-sum(sizes) // room))]
+    for s in sorted(range(len(sizes)), key=lambda s: -sizes[s]):
+        load, r, members = rows[0]
+        members.append(s)
+        heapq.heapreplace(rows, (load + sizes[s], r, members))
+    return [(load, members) for load, _, members in rows if members]
+
+
+def encode_text(model, embeddings, eot):
+    """CLIP's text encoder on one sentence a row, from token embeddings to features.
+
+    It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
+    batch can change the result, and those positions are not computed.
+
+    model: a `clip.model.CLIP`. embeddings: (N, L, W), L at most the model's context length.
+    eot: (N,) position of EOT in each row. Returns (N, D), not normalised.
+    """
+    length = int(eot.max()) + 1
+    x = embeddings[:, :length] + model.positional_embedding[:length]
+    for block in model.transformer.resblocks:
+        x = _block(block, x)
+    x = x[torch.arange(len(x), device=x.device), eot]  # (N, W)
+    return model.ln_final(x) @ model.text_projection
+
+
+def encode_rows(model, embeddings, rows):
+    """The same for rows of many sentences; each gets the feature that it would get alone.
+
+    embeddings: (R, L, W). Returns (N, D) for the N sentences that end in these rows, in the order
+    of `rows.sentence[rows.ends]`, not normalised.
+    """
+    own = rows.sentence[:, :, None] == rows.sentence[:, None, :]  # (R, L looking, L looked at)
+    common = rows.sentence[:, None, :] == -1
+    sees = (own | common).tril()[:, None]  # (R, 1, L, L), the same for all heads
+    ends = rows.ends.nonzero(as_tuple=True)
+    x = embeddings + model.positional_embedding[rows.position]
+    *blocks, last = model.transformer.resblocks
+    for block in blocks:
+        x = _block(block, x, sees)
+    x = _block(last, x, sees, ends)  # (N, W)
+    return model.ln_final(x) @ model.text_projection
+
+
+def _block(block, x, sees=None, ends=None):
+    """One of clip's residual attention blocks on (R, L, W), for any L.
+
+    The same arithmetic as `clip.model.ResidualAttentionBlock`, whose mask fits 77 tokens only.
+    sees: which places look at which, None for causal attention. ends: the places that will be read
+    if no block follows: whatever comes after the attention is computed for these alone.
+    """
+    attention = block.attn
+    n_rows, length, width = x.shape
+    qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.view(n_rows, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None)
+    mixed = mixed.transpose(1, 2).reshape(n_rows, length, width)
+    if ends is not None:
+        x, mixed = x[ends], mixed[ends]
+    x = x + attention.out_proj(mixed)
+    return x + block.mlp(block.ln_2(x))
+
+
+def text_features(model, table, rows, n_sentences, chunk=CHUNK):
+    """Features of all sentences, computed in pieces and by all processes: (N, D), not normalised.
+
+    table: (tokens, W), the embeddings that `rows.token` points into. chunk: how many sentences are
+    encoded at a time. If that takes several pieces, nothing inside the encoder is kept for the
+    backward pass: each piece is computed again there (activation checkpointing), so memory grows
+    with the chunk and not with their number. Sentences without a place in `rows` get zeros.
+    """
+    table = parallel.sum_gradients(table)
+    pieces = split(rows[parallel.rank() :: parallel.world()], chunk)
+    features = table.new_zeros(n_sentences, model.text_projection.shape[1])
+    features = features + table[:0].sum()  # a process without rows takes part in the backward pass
+    for piece in pieces:
+
+        def encode(table, piece=piece):
+            return encode_rows(model, F.embedding(piece.token, table), piece).float()
+
+        if len(pieces) > 1 and table.requires_grad:
+            encoded = checkpoint(encode, table, use_reentrant=False, preserve_rng_state=False)
+        else:
+            encoded = encode(table)
+        features = features.index_copy(0, piece.sentence[piece.ends], encoded)
+    return parallel.sum_over_processes(features)
+
+
+def split(rows, chunk):
+    """Pieces of the rows with about `chunk` sentences each."""
+    if not len(rows):
+        return []
+    per_row = rows.ends.sum().item() / len(rows)
+    n_rows = max(1, int(chunk / per_row))
+    return [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]

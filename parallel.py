@@ -1,0 +1,120 @@
+"""Many processes on one task: `torchrun --nproc_per_node N train.py ...`.
+
+Every process holds the same prompts and router, sees the same batches and computes the same
+losses; what is split is the work of encoding, images and sentences. In a step, each process
+encodes its share of the sentences, all get all the features (`sum_over_processes`), and in the
+backward pass each follows its own share back to the prompts, where the parts of the gradient are
+added up (`sum_gradients`). From there on all are equal again, so nothing else needs to be sent.
+
+Run without torchrun, all of this does nothing. The processes share one disk, where the first one
+writes. A process that ends takes the others with it: torchrun sees to that.
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device):
+    """Joins the processes that torchrun has started, if it has. Only the first one goes on
+    printing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The time covers a download that the others wait for, not a process that dies.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def complain(message):
+    """Prints an error, once: what is wrong with the input is found by all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):  # the same in all processes, as all compute the same losses
+        return gradient
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_processes(x):
+    """The sum of all processes' x. Its gradient goes back to each as it is."""
+    return _Sum.apply(x) if world() > 1 else x
+
+
+def sum_gradients(x):
+    """x itself; its gradient is the sum of all processes'."""
+    return _SumGradients.apply(x) if world() > 1 else x
+
+
+def gather(thing):
+    """[every process's thing, in their order], in every process."""
+    things = [None] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    else:
+        things[0] = thing
+    return things
+
+
+def from_first(thing):
+    """The first process's thing, in every process."""
+    things = [thing]
+    if world() > 1:
+        dist.broadcast_object_list(things, device=torch.device("cpu"))
+    return things[0]
+
+
+def first(action):
+    """`action()` in every process, but in the first one before the others: what it fetches, they
+    find. If it fails there, it fails everywhere."""
+    failed, result = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            failed = error
+    failed = from_first(failed)
+    if failed is not None:
+        raise failed
+    return result if rank() == 0 else action()
