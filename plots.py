@@ -83,3 +83,28 @@ def samples_picture(split, images, weights, answers, columns, path):
         axes.set_title("\n".join([verdict, *lines]), fontsize=8, loc="left", color=colour)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def cost_picture(rows, chunk, path):
+    """Seconds a step against the number of sentences, with the straight line through the first.
+
+    rows: dictionaries of prompts, classes, seconds. chunk: from here on sentences are encoded
+    twice, to save memory.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    sentences = np.array([row["prompts"] * row["classes"] for row in rows])
+    times = np.array([row["seconds"] for row in rows])
+    one = np.array([row["prompts"] == 1 for row in rows])
+    axes.plot(sentences[one], times[one], "ko", label="1 prompt, 10 to 1,000 classes")
+    axes.plot(sentences[~one], times[~one], "k^", mfc="white", label="2 to 20 prompts, 100 classes")
+    small = sentences <= chunk
+    slope = times[small].sum() / sentences[small].sum()
+    ends = np.array([sentences.min(), sentences.max()])
+    axes.plot(ends, slope * ends, "k-", lw=1, label=f"{1000 * slope:.1f} ms a sentence")
+    axes.plot(ends, 1.5 * slope * ends, "k:", lw=1, label="1.5 x that: each is encoded twice")
+    axes.axvline(chunk, color="grey", lw=1, ls="--")
+    axes.text(chunk, times.min(), f" above {chunk:,}: in pieces", color="grey")
+    axes.set(xscale="log", yscale="log", xlabel="sentences: prompts x classes", ylabel="step (s)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,50 @@
+"""What bench.py compares: ways that compute the same, and counts that were worked out by hand."""
+
+import pytest
+import torch
+
+import bench
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return bench.Setting("shapes", torch.device("cpu"))
+
+
+def test_all_ways_take_the_same_step(setting):
+    start = {k: v.clone() for k, v in setting.model.state_dict().items()}
+    setting.images = setting.images[:, :, :32, :32]
+    ends = {}
+    for name, (step, _) in setting.ways().items():
+        setting.model.load_state_dict(start)
+        setting.optimiser.state.clear()
+        step()
+        ends[name] = torch.cat([p.detach().flatten() for p in setting.model.parameters()])
+    before = torch.cat([v.flatten() for v in start.values()])
+    cached = ends.pop("images encoded once")
+    del ends["straightforward"]  # its image features are other ones
+    assert len(ends) == 3
+    for end in ends.values():
+        moved = (cached - before).abs().max()
+        assert moved > 0 and (end - cached).abs().max() < 1e-4 * moved
+
+
+def test_each_way_computes_fewer_tokens(setting):
+    tokens = {name: n for name, (_, n) in setting.ways().items()}
+    assert tokens["straightforward"] == 8 * 20 * 24  # 24 positions, this CLIP's
+    assert tokens["stop at EOT"] == 8 * 20 * 11  # a low resolution photo of the x y: 6 + 2 + 3 ...
+    assert tokens["shared beginnings"] < tokens["stop at EOT"] / 2
+
+
+def test_operations_are_counted_by_shape():
+    linear = torch.nn.Linear(5, 7)
+    x = torch.randn(3, 5, requires_grad=True)
+    with bench.Products() as products:
+        linear(x).sum().backward()
+    # forward; gradients of x and of the weight
+    assert products.shapes == {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
+
+
+def test_memory_of_a_step_is_measured(capsys):
+    bench.memory("shapes", "shared beginnings", "cpu")
+    assert '"added_bytes"' in capsys.readouterr().out

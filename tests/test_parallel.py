@@ -1,0 +1,75 @@
+"""torchrun: the same numbers as one process, one voice, and an end when a process dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def torchrun(tmp_path, cache):
+    """Starts train.py in n processes with one thread each."""
+
+    def start(n, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={n}", str(ROOT / "train.py"), *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    return start
+
+
+def learned(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--shots", 2, "--text-bias", "--classes", "base"],
+        ["--shots", 1, "--text-weight", 0, "--top-k", 1, "--batch-size", 1, "--chunk", 7],
+    ],
+)
+def test_two_processes_learn_what_one_learns(torchrun, run_train, tmp_path, flags):
+    flags = [*map(str, flags), "--epochs", "4"]
+    process = torchrun(2, *flags, "--out", tmp_path / "two")
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert out.count("after training") == 1
+    one = run_train(" ".join(flags), "--out", tmp_path / "one")
+    a, b = learned(tmp_path / "one"), learned(tmp_path / "two")
+    for name in a:
+        if a[name].numel():
+            assert (a[name] - b[name]).abs().max() <= 1e-5 * a[name].abs().max()
+    two = json.loads((tmp_path / "two/result.json").read_text())
+    assert two["prompt_usage"] == pytest.approx(one["prompt_usage"], abs=2e-4)
+    assert two["accuracy"] == one["accuracy"]
+
+
+def test_bad_input_is_told_once_and_the_run_ends(torchrun, tmp_path):
+    process = torchrun(2, "--dataset", "eurosat", "--data", tmp_path / "none")
+    _, error = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert error.count("no images at") == 1
+
+
+def test_a_process_that_dies_ends_the_run(torchrun, tmp_path):
+    process = torchrun(2, "--epochs", 10**6, "--shots", 1, "--out", tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    start = time.time()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.time() - start < 60
