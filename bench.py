@@ -34,9 +34,10 @@ import shapes
 from backbone import exit_on_bad_input, load_clip
 from encoder import encode_text
 from losses import gate_loss, image_loss, text_loss
+from model import MoCoOp
 from prompts import template_groups
 from router import gate_target, mixed_logits
-from train import MoCoOp, Parser, choose_device, number
+from train import MOCOOP, Parser, choose_device, number
 
 BATCH = 32
 EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
@@ -93,7 +94,7 @@ class Setting:
             self.clip = self.clip.requires_grad_(False).eval().to(device)
         groups = template_groups(size) if groups is None else groups
         names = class_names(size, n_classes)
-        self.model = MoCoOp(self.clip, groups, min(2, len(groups))).to(device)
+        self.model = MoCoOp(self.clip, groups, MOCOOP).to(device)
         self.model.prompts.set_classes(self.clip, names)
         self.index, self.eot = one_sentence_a_row(self.model.prompts, self.clip.context_length)
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)

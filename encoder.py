@@ -48,6 +48,14 @@ class Rows:
     def __len__(self):
         return len(self.prompt)
 
+    def repeat(self, n, n_tokens, n_sentences):
+        """The same rows n times, each time of the next n_tokens and n_sentences."""
+        rows = self[torch.arange(len(self)).repeat(n)]
+        time = torch.arange(n, device=rows.token.device).repeat_interleave(len(self))[:, None]
+        rows.token += time * n_tokens
+        rows.sentence += torch.where(rows.sentence >= 0, time * n_sentences, 0)
+        return rows
+
 
 def pack(prompts, width, device=None):
     """Lays sentences out in rows.

@@ -15,14 +15,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import plots
 from backbone import BadInput, exit_on_bad_input, load_clip, read_torch_file
 from data import dataset_name, full_dataset, load_split, open_image, select_classes
 from features import image_features
+from model import MoCoOp, Probe, clip_as_it_is, measure
 from prompts import template_features, template_groups
 from runs import ELSEWHERE, find_runs, read_result
-from train import MoCoOp, Parser, baselines, choose_device, describe, measure, method_label
+from train import Parser, choose_device, describe, method_label
 
 # ----------------------------------------------------------------------------- one run, anywhere
 
@@ -48,7 +50,10 @@ def load_run(folder, clip=None, device=None):
             f" (weights {fingerprint[:8]}..., not {found[:8]}...): name it with --clip"
         )
     try:
-        model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"])
+        if config["classifier"] == "prompts":
+            model = MoCoOp(clip_model, groups, config)
+        else:
+            model = Probe(checkpoint["class_names"], torch.empty_like(state["weight"]))
         model.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
@@ -66,17 +71,25 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
             f"{dataset} has the name of the run's own dataset, {config['dataset']}: rename it"
         )
     split = select_classes(load_split(dataset, data or config["data"]), classes)
-    features = image_features(
-        clip_model,
-        fingerprint,
-        split,
-        split.test,
-        what=f"test images of {dataset}, {classes} classes",
-    )
+    what = f"test images of {dataset}, {classes} classes"
+    untrained = clip_model
+    if config["tune_visual_ln"]:  # the baselines are those of CLIP as it was
+        untrained = load_clip(clip or config["clip"], clip_model.logit_scale.device)[0]
+    plain = image_features(untrained, fingerprint, split, split.test, what=what)
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
     templates = [template for group in target_groups for template in group]
     hard = template_features(clip_model, templates, split.class_names)
-    zero_shot, ensemble = baselines(clip_model, split, hard, features)
+    probes = clip_as_it_is(clip_model, split.dataset, split.class_names, hard)
+    zero_shot, ensemble = (
+        measure(clip_model, probes[name], split, split.test, plain)[0]["accuracy"]
+        for name in ("zeroshot", "ensemble")
+    )
+    features = plain
+    if config["tune_visual_ln"]:
+        features = image_features(
+            clip_model, fingerprint, split, split.test, what=what, cached=False
+        )
+    model = probes.get(config["classifier"], model)  # these two know any classes
     measured, weights, predictions = measure(clip_model, model, split, split.test, features)
     result = {
         **trained,
@@ -91,17 +104,18 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     scratch = folder / f"eval_{name}.tmp"
     scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     scratch.replace(folder / f"eval_{name}.json")
-    plots.router_picture(result, folder / f"eval_{name}.png")
     some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
     images = [(split.test[i], open_image(split, split.test[i].path)) for i in some]
-    columns = model.prompts.templates
+    columns = list(measured["prompt_usage"])
     sheet = folder / f"samples_{name}.png"
     plots.samples_picture(split, images, weights[some], predictions[some], columns, sheet)
+    if columns:
+        plots.router_picture(result, folder / f"eval_{name}.png")
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
     )
-    print(f"saved in {folder}: eval_{name}.json, eval_{name}.png, samples_{name}.png")
+    print(f"saved in {folder}: eval_{name}.json and pictures")
     return result
 
 
@@ -130,7 +144,7 @@ def table(folder):
             (
                 "accuracy",
                 config["shots"],
-                method_label(config, result["n_prompts"]),
+                method_label(config),
                 json.dumps(but_seed),
             ),
         ]:

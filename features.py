@@ -74,11 +74,12 @@ def _collate(images):
     return next((i for i in images if isinstance(i, BadInput)), None) or torch.stack(images)
 
 
-def image_features(model, fingerprint, split, items, n_views=None, what="images"):
+def image_features(model, fingerprint, split, items, n_views=None, what="images", cached=True):
     """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
 
     model, fingerprint: from `load_clip`. items: from the split's lists. n_views: None for the test
     transform, else how many augmented views of each image (drawn images have one, as drawn).
+    cached: False for an encoder that has been trained since it was given its fingerprint.
     Returns (N, D), or (N, views, D), on the model's device. Prints what came from the cache.
     Raises BadInput for an image that cannot be read.
     """
@@ -100,7 +101,7 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
             wanted[keys[-1]] = (item.path, view)
     # The first process keeps the cache; all encode.
     rows = {}
-    if parallel.rank() == 0:
+    if cached and parallel.rank() == 0:
         rows = _load_rows(folder, set(wanted), model.text_projection.shape[1])
     todo = parallel.from_first([key for key in wanted if key not in rows])
     print(
@@ -124,7 +125,7 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
         for r, part in enumerate(parts):
             shard_rows[r :: len(parts)] = part
         rows.update(zip(shard, shard_rows))
-        if parallel.rank() == 0:
+        if cached and parallel.rank() == 0:
             _save_rows(folder, shard, shard_rows)
     bar.close()
     features = None
@@ -132,6 +133,17 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
         features = torch.from_numpy(np.stack([rows[key] for key in keys]))
     features = parallel.from_first(features).to(device)
     return features if n_views is None else features.view(len(items), len(views), -1)
+
+
+def load_images(model, split, wanted):
+    """Training images as the encoder takes them: (B, 3, H, W). wanted: (path, view) pairs."""
+    size = model.visual.input_resolution
+    transform = test_transform(size) if split.folder is None else train_transform(size)
+    images = _Preprocessed(split, transform, wanted)
+    batch = _collate([images[i] for i in range(len(images))])
+    if isinstance(batch, BadInput):
+        raise batch
+    return batch.to(model.logit_scale.device)
 
 
 @torch.no_grad()

@@ -252,8 +252,10 @@ class SoftPrompts(nn.Module):
     that training never saw.
     """
 
-    def __init__(self, model, templates):
+    def __init__(self, model, templates, init="template"):
         """model: a `clip.model.CLIP`. templates: one string a prompt, each with one {}.
+        init: what the context starts from: each prompt's own `template`, `random` (16 vectors
+        before the name, as in CoOp), or a template for all of them.
 
         Raises BadInput for a template without {} or with a word that has no embedding.
         """
@@ -266,7 +268,13 @@ class SoftPrompts(nn.Module):
         known = _known_tokens(model)
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
         for template in self.templates:
-            before, after = check_template(template).strip().rstrip(".").split("{}")
+            if init == "random":
+                vectors = 0.02 * torch.randn(16, model.token_embedding.weight.shape[1])
+                self.context_before.append(nn.Parameter(vectors))
+                self.context_after.append(nn.Parameter(vectors[:0].clone()))
+                continue
+            start = template if init == "template" else init
+            before, after = check_template(start).strip().rstrip(".").split("{}")
             for text, contexts in ((before, self.context_before), (after, self.context_after)):
                 ids = torch.tensor(token_ids(text), dtype=torch.long)
                 _check_words(known, ids, text)
@@ -311,17 +319,26 @@ class SoftPrompts(nn.Module):
         self.frozen = weight[frozen].float()
         self.rows = pack(sentences, weight.shape[1], weight.device)
 
-    def text_features(self, model, bias=None, only=None, chunk=CHUNK):
+    def text_features(self, model, bias=None, shift=None, only=None, chunk=CHUNK):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
         bias: None or (1, D), one vector added to all features before normalising (LASP's
-        correction). only: None or (G,) bool, the prompts that somebody will read; the others are
-        not computed, and what stands in their place is meaningless. chunk: see
-        `encoder.text_features`.
+        correction). shift: None or (B, W), added to all context vectors, one for each image as in
+        CoCoOp; the result is then (B, G, C, D). only: None or (G,) bool, the prompts that somebody
+        will read; the others are not computed, and what stands in their place is meaningless.
+        chunk: see `encoder.text_features`.
         """
-        table = torch.cat([self.frozen, *chain(*zip(self.context_before, self.context_after))])
+        context = torch.cat([*chain(*zip(self.context_before, self.context_after))])
         rows = self.rows if only is None else self.rows[only[self.rows.prompt]]
-        features = text_features(model, table, rows, math.prod(self.shape), chunk)
+        n_sentences, shape = math.prod(self.shape), self.shape
+        if shift is None:
+            table = torch.cat([self.frozen, context])
+        else:  # a table for each image, one after the other
+            frozen = self.frozen.expand(len(shift), -1, -1)
+            table = torch.cat([frozen, context + shift[:, None]], dim=1).flatten(0, 1)
+            rows = rows.repeat(len(shift), len(table) // len(shift), n_sentences)
+            n_sentences, shape = len(shift) * n_sentences, (len(shift), *shape)
+        features = text_features(model, table, rows, n_sentences, chunk)
         if bias is not None:
             features = features + bias
-        return F.normalize(features, dim=-1).view(*self.shape, -1)
+        return F.normalize(features, dim=-1).view(*shape, -1)

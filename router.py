@@ -17,12 +17,18 @@ import torch.nn.functional as F
 
 
 class Router(nn.Module):
-    """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011)."""
+    """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011).
 
-    def __init__(self, width, n_prompts, top_k):
+    kind: `trained`; for ablations also `frozen`, which stays as it was drawn, and `uniform`, which
+    has no gate and gives every image the plain average of all prompts.
+    """
+
+    def __init__(self, width, n_prompts, top_k, kind="trained"):
         super().__init__()
-        self.gate = nn.Linear(width, n_prompts)
-        self.top_k = top_k
+        self.n_prompts, self.top_k = n_prompts, top_k
+        self.gate = None
+        if kind != "uniform":
+            self.gate = nn.Linear(width, n_prompts).requires_grad_(kind == "trained")
 
     def forward(self, image_features):
         """(B, D) -> gate_logits (B, G), weights (B, G).
@@ -30,6 +36,9 @@ class Router(nn.Module):
         An image's weights sum to 1 and are zero for all but its K prompts. Softmax runs over the
         K chosen logits alone: what the others scored must not shrink the chosen ones' weights.
         """
+        if self.gate is None:
+            gate_logits = image_features.new_zeros(len(image_features), self.n_prompts)
+            return gate_logits, gate_logits + 1 / self.n_prompts
         gate_logits = self.gate(image_features)
         top = gate_logits.topk(self.top_k, dim=-1)
         weights = torch.zeros_like(gate_logits).scatter(-1, top.indices, top.values.softmax(-1))
@@ -46,9 +55,11 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
     instead of (B, C, D).
 
     image_features (B, D) and text_features (G, C, D) normalised, weights (B, G), logit_scale the
-    factor itself (CLIP's 100), not its logarithm. Returns (B, C).
+    factor itself (CLIP's 100), not its logarithm. Returns (B, C). Text features that depend on the
+    image are (B, G, C, D).
     """
-    similarities = torch.einsum("bd,gcd->bgc", image_features, text_features)
+    of_image = "b" if text_features.dim() == 4 else ""
+    similarities = torch.einsum(f"bd,{of_image}gcd->bgc", image_features, text_features)
     return logit_scale * torch.einsum("bg,bgc->bc", weights, similarities)
 
 

@@ -18,7 +18,17 @@ from backbone import BadInput, read_torch_file
 RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
 )
-STATE = {"config", "made_of", "epoch", "model", "optimiser", "scaler", "order_rng", "seconds"}
+STATE = {
+    "config",
+    "made_of",
+    "epoch",
+    "model",
+    "optimiser",
+    "scaler",
+    "order_rng",
+    "seconds",
+    "shares",
+}
 ELSEWHERE = ("chunk", "data", "device", "out")  # flags that do not change what a run is
 
 
@@ -102,12 +112,14 @@ def publish(folder, checkpoint, result):
     goes when everything is there: a run killed in between can still be resumed.
     """
     save_torch(checkpoint, folder / "checkpoint.pt")
-    plots.router_picture(result, folder / "router.tmp")
+    if result["n_prompts"]:
+        plots.router_picture(result, folder / "router.tmp")
     (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in ("eval_*.json", "eval_*.png", "samples_*.png"):
         for stale in folder.glob(name):
             stale.unlink()  # of the checkpoint that stood here before
-    (folder / "router.tmp").replace(folder / "router.png")
+    if result["n_prompts"]:
+        (folder / "router.tmp").replace(folder / "router.png")
     (folder / "result.tmp").replace(folder / "result.json")
     (folder / "resume.pt").unlink(missing_ok=True)
 

@@ -9,8 +9,13 @@ Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/
 `checkpoint.pt` (what was learned), `result.json` (what came out) and `router.png` (which prompt
 fires for what). The same flags give the same numbers, bit for bit on a CPU.
 
+    python train.py --method coop                    # a neighbour: see METHODS
+    python train.py --router uniform                 # MoCoOp without one of its parts
+    torchrun --nproc_per_node 4 train.py ...         # the work of encoding shared out
+
 Beside the published text this leaves out, by default, two things that the authors' code also
-trains: a bias on the text features (--text-bias) and the image encoder's LayerNorms.
+trains: a bias on the text features (--text-bias) and the image encoder's LayerNorms
+(--tune-visual-ln).
 """
 
 import argparse
@@ -41,55 +46,65 @@ from data import (
     select_classes,
 )
 from encoder import CHUNK
-from features import image_features
+from features import image_features, load_images
+from grouping import group_templates
 from losses import gate_loss, image_loss, text_loss
-from prompts import (
-    SoftPrompts,
-    hard_prototypes,
-    read_groups,
-    template_features,
-    template_groups,
-    zero_shot_template,
-)
-from router import Router, gate_target, mixed_logits
+from model import MoCoOp, Probe, clip_as_it_is, measure
+from probe import linear_probe
+from prompts import check_template, hard_prototypes, read_groups, template_features, template_groups
+from router import gate_target, mixed_logits
 from runs import discard, open_run, publish, save_torch
 
 # A method is a row of defaults; flags on the command line win. The numbers are the authors'.
+MOCOOP = {
+    "classifier": "prompts",  # or, in the last rows, a vector a class
+    # the prompts
+    "groups": "published",  # of templates; or auto, or a file
+    "n_groups": 0,  # of --groups auto; 0: as many as set them apart best
+    "one_group": False,  # all templates in one group: one prompt
+    "init": "template",  # each prompt from its own; or random, or a template for all of them
+    "conditional": False,  # CoCoOp's network shifts the context for each image
+    # the router
+    "router": "trained",
+    "top_k": 2,  # or all, if there are fewer
+    # the losses
+    "gate_weight": 1.0,
+    "text_weight": 5.0,
+    "text_scale": 1.0,
+    "text_target": "prototypes",  # of the groups; or templates, one by one
+    # what else is learned
+    "text_bias": False,
+    "tune_visual_ln": False,
+    # optimisation
+    "epochs": 50,
+    "warm_up": 5,  # epochs at 1e-5; never more than an eighth of all
+    "batch_size": 32,
+    "lr": 0.032,  # for a batch of that size; in proportion for others
+    "max_grad_norm": 1.0,  # 0: gradients are not clipped
+    "views": 8,
+}
+COOP = MOCOOP | {
+    **{"one_group": True, "init": "a photo of a {}.", "router": "uniform"},
+    **{"gate_weight": 0.0, "text_weight": 0.0, "max_grad_norm": 0.0},
+    **{"epochs": {1: 50, 2: 100, 8: 200}, "warm_up": 1, "lr": 0.002},  # epochs: from so many shots
+}
 METHODS = {
-    "mocoop": {
-        "groups": "published",
-        "top_k": 2,  # or all, if there are fewer
-        "gate_weight": 1.0,
-        "text_weight": 5.0,
-        "text_scale": 1.0,
-        "text_bias": False,
-        "epochs": 50,
-        "batch_size": 32,
-        "lr": 0.032,  # for a batch of 32; in proportion for others
-        "views": 8,
+    "mocoop": MOCOOP,
+    "coop": COOP,  # Zhou et al., IJCV 2022
+    "cocoop": COOP | {"conditional": True, "epochs": 10, "batch_size": 1},  # CVPR 2022
+    "lasp": MOCOOP  # Bulat and Tzimiropoulos, CVPR 2023
+    | {
+        **{"one_group": True, "init": "a photo of a {}.", "router": "uniform", "gate_weight": 0.0},
+        **{"text_target": "templates", "text_weight": 10.0, "text_scale": 100.0},
+        **{"text_bias": True},
     },
+    # Without prompts to learn; no other flag means anything to them.
+    "zeroshot": {"classifier": "zeroshot", "groups": "published"},
+    "ensemble": {"classifier": "ensemble", "groups": "published"},
+    "linear": {"classifier": "linear", "groups": "published"},
 }
 CLIP = {"shapes": "bundled"}  # by dataset
 DEFAULT_CLIP = "ViT-B/16"
-
-
-class MoCoOp(nn.Module):
-    """The mixture: soft prompts, a router over them, and maybe a bias on the text features.
-
-    Holds only what is learned; the frozen CLIP is passed in where it is needed.
-    """
-
-    def __init__(self, clip_model, groups, top_k, text_bias=False):
-        super().__init__()
-        width = clip_model.text_projection.shape[1]
-        self.prompts = SoftPrompts(clip_model, [group[0] for group in groups])
-        self.router = Router(width, len(groups), top_k)
-        self.text_bias = nn.Parameter(torch.zeros(1, width)) if text_bias else None
-        self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
-
-    def text_features(self, clip_model, only=None, chunk=CHUNK):
-        """(G, C, D) of the classes that `prompts.set_classes` was given last."""
-        return self.prompts.text_features(clip_model, self.text_bias, only, chunk)
 
 
 # ---------------------------------------------------------------------------------- the flags
@@ -115,7 +130,6 @@ def number(kind, least, most=2**31):
 
 
 def make_parser():
-    row = METHODS["mocoop"]
     parser = Parser(description=__doc__.split("\n")[0])
 
     add = parser.add_argument_group("what to train on").add_argument
@@ -126,21 +140,31 @@ def make_parser():
     add("--classes", choices=("all", "base", "new"), default="all", help="default: all")
     add("--seed", type=number(int, 0), default=1, help="samples, start, order (default: 1)")
 
-    add = parser.add_argument_group("the method").add_argument
-    add("--method", choices=METHODS, default="mocoop", help="sets the rest (default: mocoop)")
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("the method (defaults: mocoop's)").add_argument
+    add("--method", choices=METHODS, default="mocoop", help="sets all of these (default: mocoop)")
     add("--clip", help="OpenAI name, file, or bundled (default: ViT-B/16; bundled for shapes)")
-    add("--groups", help="file of templates, one a line, blank line a group (default: published)")
-    add("--top-k", type=number(int, 1), help=f"prompts an image (default: {row['top_k']})")
-    add("--gate-weight", type=number(float, 0), help=f"default: {row['gate_weight']:g}")
-    add("--text-weight", type=number(float, 0), help=f"default: {row['text_weight']:g}")
+    add("--groups", help="published (default), auto, or a file: a template a line, blank between")
+    add("--n-groups", type=number(int, 0), help="of --groups auto (default: the best silhouette)")
+    add("--one-group", action=switch, help="all templates in one group: one prompt")
+    add("--init", help="prompts start as their template (default), random, or as the one given")
+    add("--conditional", action=switch, help="shift the context for each image, as CoCoOp")
+    add("--router", choices=("trained", "frozen", "uniform"), help="default: trained")
+    add("--top-k", type=number(int, 1), help=f"prompts an image (default: {MOCOOP['top_k']})")
+    add("--gate-weight", type=number(float, 0), help=f"default: {MOCOOP['gate_weight']:g}")
+    add("--text-weight", type=number(float, 0), help=f"default: {MOCOOP['text_weight']:g}")
     add("--text-scale", type=number(float, 0), help="in the text loss (default: 1; LASP's: 100)")
-    add("--text-bias", action=argparse.BooleanOptionalAction, help="learn one (default: no)")
+    add("--text-target", choices=("prototypes", "templates"), help="default: prototypes")
+    add("--text-bias", action=switch, help="learn a bias on all text features")
+    add("--tune-visual-ln", action=switch, help="learn the image encoder's LayerNorms: no cache")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), help=f"default: {row['epochs']}")
-    add("--batch-size", type=number(int, 1), help=f"default: {row['batch_size']}")
-    add("--lr", type=number(float, 1e-9), help=f"default: {row['lr']} x batch size / 32")
-    add("--views", type=number(int, 1), help=f"random crops an image (default: {row['views']})")
+    add = parser.add_argument_group("training (defaults: mocoop's)").add_argument
+    add("--epochs", type=number(int, 1), help=f"default: {MOCOOP['epochs']}")
+    add("--warm-up", type=number(int, 0), help=f"epochs (default: {MOCOOP['warm_up']})")
+    add("--batch-size", type=number(int, 1), help=f"default: {MOCOOP['batch_size']}")
+    add("--lr", type=number(float, 1e-9), help=f"default: {MOCOOP['lr']} x batch size / 32")
+    add("--max-grad-norm", type=number(float, 0), help="0: no clipping (default: 1)")
+    add("--views", type=number(int, 1), help=f"random crops an image (default: {MOCOOP['views']})")
 
     add = parser.add_argument_group("where").add_argument
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -171,19 +195,31 @@ def choose_device(name):
 def resolve(args):
     """Flags and preset together: (config, groups, run folder, resume?).
 
-    config: every flag with its final value, a dictionary as it goes to `result.json`.
+    config: every flag with its final value, a dictionary as it goes to `result.json`; None where
+    the method has no such flag. groups: lists of templates, not yet regrouped by `--groups auto`.
     """
     config = vars(args).copy()
     resume = config.pop("resume")
     config["dataset"] = full_dataset(config["dataset"])
-    published = (config["groups"] or METHODS[config["method"]]["groups"]) == "published"
-    groups = template_groups(config["dataset"]) if published else read_groups(config["groups"])
-    if config["top_k"] and config["top_k"] > len(groups):
-        raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
-    defaults = preset(config, len(groups))
-    config |= {flag: value for flag, value in defaults.items() if config[flag] is None}
+    defaults = preset(config)
+    for flag in MOCOOP.keys() - METHODS[config["method"]].keys():
+        if config[flag] not in (None, False):
+            raise BadInput(f"--method {config['method']} has no --{flag.replace('_', '-')}")
+        config[flag] = None
+    config |= {flag: value for flag, value in defaults.items() if config.get(flag) is None}
+    if config["init"] not in ("template", "random", None):
+        check_template(config["init"])
+    auto = config["groups"] == "auto"
+    if config["n_groups"] and not auto or auto and config["one_group"]:
+        raise BadInput("--n-groups goes with --groups auto, and --one-group does not")
+    named = config["groups"] in ("published", "auto")
+    groups = template_groups(config["dataset"]) if named else read_groups(config["groups"])
+    if config["one_group"]:
+        groups = [[template for group in groups for template in group]]
+    if not auto:
+        check_top_k(args.top_k, groups)
     if config["out"] is None:
-        label = method_label(config, len(groups))
+        label = method_label(config)
         run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
         config["out"] = str(Path("out", dataset_name(config["dataset"]), run))
     folder = Path(config["out"])
@@ -192,19 +228,25 @@ def resolve(args):
     return config, groups, folder, resume
 
 
-def preset(config, n_prompts):
+def check_top_k(top_k, groups):
+    if top_k and top_k > len(groups):
+        raise BadInput(f"--top-k {top_k} is above the number of prompts, {len(groups)}")
+
+
+def preset(config):
     """What the method's flags are if nobody sets them."""
-    row = METHODS[config["method"]]
-    return row | {
-        "clip": CLIP.get(config["dataset"], DEFAULT_CLIP),
-        "top_k": min(row["top_k"], n_prompts),
-        "lr": row["lr"] * (config["batch_size"] or row["batch_size"]) / 32,
-    }
+    row = METHODS[config["method"]] | {"clip": CLIP.get(config["dataset"], DEFAULT_CLIP)}
+    if "epochs" in row:
+        row["lr"] *= (config["batch_size"] or row["batch_size"]) / row["batch_size"]
+        if isinstance(row["epochs"], dict):
+            least = max(shots for shots in row["epochs"] if shots <= config["shots"])
+            row["epochs"] = row["epochs"][50 if config["dataset"] == "imagenet" else least]
+    return row
 
 
-def method_label(config, n_prompts):
+def method_label(config):
     """The method with every flag that differs from its preset: `mocoop-top_k1`."""
-    changed = {k: config[k] for k, v in preset(config, n_prompts).items() if config.get(k, v) != v}
+    changed = {k: config[k] for k, v in preset(config).items() if config.get(k, v) != v}
     parts = [f"{k}{_slug(v)}" if v is not True else k for k, v in sorted(changed.items())]
     return "-".join([config["method"], *parts])
 
@@ -215,60 +257,9 @@ def _slug(value):
     return re.sub(r"[^\w.]+", "-", text)
 
 
-# ---------------------------------------------------------------------------------- measuring
-
-
-def percent(right):
-    return round(100 * right.float().mean().item(), 2)
-
-
-@torch.no_grad()
-def baselines(clip_model, split, hard_features, image_features):
-    """(zero-shot, ensemble) accuracy in percent: CLIP as it is, on the split's test images.
-
-    zero-shot: the dataset's one template. ensemble: all hard templates, features averaged.
-    hard_features: (T, C, D) of all templates. image_features: (N, D) of `split.test`.
-    """
-    labels = torch.tensor([item.label for item in split.test], device=image_features.device)
-    one = template_features(clip_model, [zero_shot_template(split.dataset)], split.class_names)[0]
-    accuracies = []
-    for text_features in (one, F.normalize(hard_features.mean(dim=0), dim=-1)):  # (C, D)
-        accuracies.append(percent((image_features @ text_features.T).argmax(dim=-1) == labels))
-    return accuracies
-
-
-@torch.no_grad()
-def measure(clip_model, model, split, items, features):
-    """The mixture on images: ({accuracy, per_class_accuracy, prompt_usage}, weights (N, G),
-    predicted labels (N,)).
-
-    items: from the split's lists, with features (N, D). The model's prompts take the split's
-    class names, whatever they had before.
-    """
-    model.prompts.set_classes(clip_model, split.class_names)
-    text_features = model.text_features(clip_model)
-    _, weights = model.router(features)
-    predictions = []
-    for f, w in zip(features.split(1024), weights.split(1024)):  # bounds (B, G, C)
-        predictions.append(mixed_logits(f, text_features, w, model.logit_scale).argmax(dim=-1))
-    predictions, weights = torch.cat(predictions).cpu(), weights.cpu()
-    labels = torch.tensor([item.label for item in items])
-    per_class = {}
-    for label, name in enumerate(split.class_names):
-        own = labels == label
-        key = name if name not in per_class else f"{name} ({label})"  # ImageNet repeats a few
-        per_class[key] = percent(predictions[own] == label) if own.any() else None
-    usage = dict(zip(model.prompts.templates, weights.mean(dim=0).tolist()))
-    measured = {
-        "accuracy": percent(predictions == labels),
-        "per_class_accuracy": per_class,
-        "prompt_usage": {template: round(share, 4) for template, share in usage.items()},
-    }
-    return measured, weights, predictions
-
-
 def describe(config, split, model, classes):
     """The part of `result.json` that says what was run and on what."""
+    n_prompts = len(model.prompts.templates) if isinstance(model, MoCoOp) else 0
     return {
         "dataset": split.name,
         "classes": classes,
@@ -276,8 +267,8 @@ def describe(config, split, model, classes):
         "seed": config["seed"],
         "method": config["method"],
         "clip": config["clip"],
-        "n_prompts": len(model.prompts.templates),
-        "top_k": config["top_k"],
+        "n_prompts": n_prompts,
+        "top_k": model.router.top_k if n_prompts else 0,
         "n_classes": len(split.class_names),
         "n_test": len(split.test),
         "split": split.source,
@@ -291,78 +282,100 @@ class NotFinite(ArithmeticError):
     """Training has diverged."""
 
 
-def learning_rate(epoch, epochs, lr):
+def learning_rate(epoch, epochs, lr, warm_up):
     """The rate of an epoch, counted from 0: a constant warm-up, then a cosine.
 
     As in the field's scheduler the cosine starts after the warm-up but is stretched over all
     epochs, so it is cut off before it reaches zero.
     """
-    warm_up = min(5, round(epochs / 8))
+    warm_up = min(warm_up, round(epochs / 8))
     if epoch < warm_up:
         return 1e-5
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-def fit(clip_model, model, config, features, labels, prototypes, trained, save, state):
-    """Trains `model` in place; returns the seconds it took, over all resumed parts.
+def fit(clip_model, model, config, groups, hard, trained, features, labels, save, state):
+    """Trains `model` in place; returns the seconds it took, over all resumed parts, and the share
+    of each prompt in every epoch.
 
-    features: (N, views, D) of the training images, labels: (N,) counting the trained classes.
-    prototypes: (G, C, D) of all classes that the model's prompts are laid out for.
-    trained: the slice of those classes that has images; the image and gate loss see no other.
+    hard: (T, C, D), the features of all templates of `groups` with the classes that the model's
+    prompts are laid out for. trained: the slice of those classes that has images; the image and
+    gate loss see no other. features: (N, views, D) of the training images, or, if these are to
+    be encoded anew in every step, a function of their indices and the epoch. labels: (N,) counting
+    the trained classes.
     save: called after each epoch with all that is needed to go on from there; state: one of these
     to go on from, or None.
     """
+    device, n = labels.device, len(labels)
+    prototypes = hard_prototypes(hard, groups)  # (G, C, D)
+    # The text loss compares soft prompt text_prompt[i] with text_target[i].
+    text_target, text_prompt = prototypes, list(range(len(groups)))
+    if config["text_target"] == "templates":
+        text_target = hard
+        text_prompt = [g for g, group in enumerate(groups) for _ in group]
+    guided = config["router"] == "trained" and config["gate_weight"] > 0
+
+    norms = [] if model.visual_ln is None else list(model.visual_ln.parameters())
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in norms)]
+    parts = [{"params": others, "share": 1.0}, {"params": norms, "share": 0.1}]  # of the rate
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=config["lr"], momentum=0.9, weight_decay=5e-4
+        [part for part in parts if part["params"]], lr=config["lr"], momentum=0.9, weight_decay=5e-4
     )
     mixed = torch.float16  # mixed precision on a GPU; bf16 needs no loss scaling
-    if features.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         mixed = torch.bfloat16
-    scaler = torch.amp.GradScaler(enabled=features.is_cuda and mixed is torch.float16)
+    scaler = torch.amp.GradScaler(enabled=on_gpu and mixed is torch.float16)
     order_rng = torch.Generator().manual_seed(config["seed"])
-    first_epoch, seconds, n = 0, 0.0, len(labels)
+    first_epoch, seconds, shares = 0, 0.0, []
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         order_rng.set_state(state["order_rng"])
-        first_epoch, seconds = state["epoch"], state["seconds"]
+        first_epoch, seconds, shares = state["epoch"], state["seconds"], state["shares"]
+    n_views = 1 if callable(features) else features.shape[1]
     n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
     start = time.time()
-    bar = tqdm(
-        total=config["epochs"] * n_batches,
-        leave=False,
-        disable=parallel.rank() > 0 or None,
-        unit="step",
-    )
-    bar.update(first_epoch * n_batches)
+    steps = config["epochs"] * n_batches
+    quiet = parallel.rank() > 0 or None
+    bar = tqdm(total=steps, initial=first_epoch * n_batches, leave=False, disable=quiet)
     for epoch in range(first_epoch, config["epochs"]):
-        lr = learning_rate(epoch, config["epochs"], config["lr"])
-        for group in optimiser.param_groups:
-            group["lr"] = lr
+        lr = learning_rate(epoch, config["epochs"], config["lr"], config["warm_up"])
+        for part in optimiser.param_groups:
+            part["lr"] = lr * part["share"]
         order = torch.randperm(n, generator=order_rng)
-        views = torch.randint(features.shape[1], (n,), generator=order_rng)
+        views = torch.randint(n_views, (n,), generator=order_rng)
         sums, usage = 0, 0  # of the four losses (4,) and of the router's weights (G,)
         for batch in order.split(config["batch_size"])[:n_batches]:
-            f, y = features[batch, views[batch]], labels[batch]  # (B, D), (B,)
+            y = labels[batch]  # (B,)
+            with torch.autocast("cuda", mixed, enabled=on_gpu and callable(features)):
+                f = features(batch, epoch) if callable(features) else features[batch, views[batch]]
             gate_logits, weights = model.router(f)
             # Without the text loss nobody reads the prompts that no image of the batch selected.
             only = None if config["text_weight"] else weights.any(dim=0)
-            with torch.autocast("cuda", mixed, enabled=features.is_cuda):
-                text_features = model.text_features(clip_model, only, config["chunk"])
-            logits = mixed_logits(f, text_features[:, trained], weights, model.logit_scale)
-            target = gate_target(f, prototypes[:, trained], y, config["top_k"])
-            image, gate = image_loss(logits, y), gate_loss(gate_logits, target)
-            text = torch.zeros_like(image)
+            with torch.autocast("cuda", mixed, enabled=on_gpu):  # once, for both losses
+                text_features = model.text_features(clip_model, f, only, config["chunk"])
+            logits = mixed_logits(f, text_features[..., trained, :], weights, model.logit_scale)
+            image = image_loss(logits, y)
+            gate = text = torch.zeros_like(image)
+            if guided:
+                target = gate_target(f, prototypes[:, trained], y, model.router.top_k)
+                gate = gate_loss(gate_logits, target)
             if config["text_weight"]:
-                text = text_loss(text_features, prototypes, config["text_scale"])
+                soft = text_features[..., text_prompt, :, :]
+                hard_ones = text_target.expand_as(soft)  # the same for each image
+                text = text_loss(
+                    soft.flatten(0, -3), hard_ones.flatten(0, -3), config["text_scale"]
+                )
             total = image + config["gate_weight"] * gate + config["text_weight"] * text
 
             optimiser.zero_grad()
             scaler.scale(total).backward()
             scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if config["max_grad_norm"]:
+                nn.utils.clip_grad_norm_(model.parameters(), config["max_grad_norm"])
             scaler.step(optimiser)
             scaler.update()
             sums += torch.stack([total, image, gate, text]).detach()
@@ -371,10 +384,11 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
         losses = dict(zip(("loss", "image", "gate", "text"), (sums / n_batches).tolist()))
         if not all(p.isfinite().all() for p in model.parameters()):
             raise NotFinite(f"training has diverged in epoch {epoch + 1}")
-        shares = " ".join(f"{100 * share:2.0f}" for share in (usage / usage.sum()).tolist())
+        shares.append([round(share, 4) for share in (usage / usage.sum()).tolist()])
         told = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        used = " ".join(f"{100 * share:2.0f}" for share in shares[-1])
         bar.write(
-            f"epoch {epoch + 1:3d}/{config['epochs']}  lr {lr:.5f}  {told}  prompts {shares} %",
+            f"epoch {epoch + 1:3d}/{config['epochs']}  lr {lr:.5f}  {told}  prompts {used} %",
             file=sys.stdout,
         )
         snapshot = {
@@ -384,10 +398,11 @@ def fit(clip_model, model, config, features, labels, prototypes, trained, save, 
             "scaler": scaler.state_dict(),
             "order_rng": order_rng.get_state(),
             "seconds": seconds + time.time() - start,
+            "shares": shares,
         }
         save(snapshot)
     bar.close()
-    return seconds + time.time() - start
+    return seconds + time.time() - start, shares
 
 
 def train(config, groups, folder, resume):
@@ -405,18 +420,25 @@ def train(config, groups, folder, resume):
     sample = few_shot(complete, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
     clip_model, fingerprint = parallel.first(lambda: load_clip(config["clip"], device))
-    torch.manual_seed(config["seed"])
-    model = MoCoOp(clip_model, groups, config["top_k"], config["text_bias"]).to(device)
 
     names, trained = split.class_names, slice(None)  # trained: which of the names have images
     if config["text_weight"]:  # the text loss holds on to every class name
         names = complete.class_names
         with_images = class_range(len(names), config["classes"])
         trained = slice(with_images.start, with_images.stop)
-    model.prompts.set_classes(clip_model, names)
     templates = [template for group in groups for template in group]
     hard = template_features(clip_model, templates, names)  # (T, C, D)
-    prototypes = hard_prototypes(hard, groups)
+    if config["groups"] == "auto" and config["classifier"] == "prompts":
+        groups = group_templates(templates, hard, config["n_groups"])
+        check_top_k(config["top_k"], groups)
+        order = [templates.index(template) for group in groups for template in group]
+        templates, hard = [templates[i] for i in order], hard[order]
+        print("groups found: " + " | ".join(", ".join(group) for group in groups))
+    torch.manual_seed(config["seed"])
+    model = None
+    if config["classifier"] == "prompts":
+        model = MoCoOp(clip_model, groups, config).to(device)
+        model.prompts.set_classes(clip_model, names)
 
     # What a stopped run must have been made of to go on with it, beyond its flags.
     made_of = json.dumps([groups, fingerprint, names, split.train])
@@ -431,30 +453,73 @@ def train(config, groups, folder, resume):
         f"{split.name}: {len(split.class_names)} {config['classes']} classes,"
         f" {config['shots']} shots, seed {config['seed']}"
         + (" (samples of our own)" if own_samples and config["dataset"] in DATASETS else "")
-        + f"; CLIP {config['clip']}; {len(groups)} prompts, {config['top_k']} an image"
+        + f"; CLIP {config['clip']}; {config['method']}"
+        + (f" with {len(groups)} prompts, {model.router.top_k} an image" if model else "")
     )
 
-    def encode(items, what, views=None):
-        return image_features(clip_model, fingerprint, split, items, views, what)
+    def encode(items, what, views=None, cached=True):
+        return image_features(clip_model, fingerprint, split, items, views, what, cached)
 
+    def labels_of(items):
+        return torch.tensor([item.label for item in items], device=device)
+
+    live = bool(config["tune_visual_ln"])
     test = encode(split.test, "test images")
     val = encode(split.val, "val images") if split.val else None
-    features = encode(split.train, "training images", config["views"])
-    labels = torch.tensor([item.label for item in split.train], device=device)
-    clip_model.visual = None  # has seen all images; lets go of its memory
-    zero_shot, ensemble = baselines(clip_model, split, hard[:, trained], test)
-    print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
+    baselines = {
+        name: measure(clip_model, probe, split, split.test, test)[0]["accuracy"]
+        for name, probe in clip_as_it_is(
+            clip_model, split.dataset, split.class_names, hard[:, trained]
+        ).items()
+    }
+    print(
+        f"before training: zero-shot {baselines['zeroshot']:.2f} %,"
+        f" ensemble {baselines['ensemble']:.2f} %"
+    )
 
     def save(snapshot):
         if parallel.rank() == 0:
             save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
 
-    try:
-        seconds = fit(clip_model, model, config, features, labels, prototypes, trained, save, state)
-    except NotFinite as error:
-        if parallel.rank() == 0:
-            discard(folder)
-        raise BadInput(f"{error}: try a smaller --lr") from error
+    seconds, shares, start = 0.0, [], time.time()
+    if config["classifier"] == "prompts":
+        if live:
+
+            def features(batch, epoch):
+                images = load_images(
+                    clip_model, split, [(split.train[i].path, epoch) for i in batch]
+                )
+                return F.normalize(clip_model.encode_image(images).float(), dim=-1)
+
+            print("training the image encoder's LayerNorms: images are encoded in every step")
+        else:
+            features = encode(split.train, "training images", config["views"])
+            clip_model.visual = None  # has seen all images; lets go of its memory
+        labels = labels_of(split.train)
+        try:
+            seconds, shares = fit(
+                clip_model, model, config, groups, hard, trained, features, labels, save, state
+            )
+        except NotFinite as error:
+            if parallel.rank() == 0:
+                discard(folder)
+            raise BadInput(f"{error}: try a smaller --lr") from error
+        if live:
+            test = encode(split.test, "test images", cached=False)
+            val = encode(split.val, "val images", cached=False) if split.val else None
+    elif config["classifier"] == "linear":
+        if not split.val:
+            raise BadInput("--method linear chooses its strength on val images: there are none")
+        features = encode(split.train, "training images")
+        n_classes, own = len(split.class_names), (labels_of(split.train), labels_of(split.val))
+        weight, bias, strength = linear_probe(features, own[0], val, own[1], n_classes)
+        model = Probe(split.class_names, weight, bias)
+        seconds = time.time() - start
+        print(f"L2 strength chosen on val images: C = {strength:.3g}")
+    else:
+        probes = clip_as_it_is(clip_model, split.dataset, split.class_names, hard[:, trained])
+        model = probes[config["classifier"]]
+
     val_accuracy = None
     if split.val:
         val_accuracy = measure(clip_model, model, split, split.val, val)[0]["accuracy"]
@@ -463,17 +528,19 @@ def train(config, groups, folder, resume):
         **describe(config, split, model, config["classes"]),
         "n_train": len(split.train),
         "few_shot_samples": "own" if own_samples else "coop",
-        "zero_shot_accuracy": zero_shot,
-        "ensemble_accuracy": ensemble,
+        "zero_shot_accuracy": baselines["zeroshot"],
+        "ensemble_accuracy": baselines["ensemble"],
         "val_accuracy": val_accuracy,
         **measured,
         "router": plots.router_table(split, weights),
+        "prompt_usage_by_epoch": shares,
         "train_seconds": round(seconds, 2),
         "config": config,
     }
     checkpoint = {
         "config": config,
         "groups": groups,
+        "class_names": split.class_names,
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }

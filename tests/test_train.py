@@ -83,9 +83,9 @@ def test_eurosat_trains_from_its_files_with_either_kind_of_clip(
     used = []
     encode = train.image_features
 
-    def spy(model, fingerprint, split, items, views, what):
+    def spy(model, fingerprint, split, items, *rest):
         used.append(items)
-        return encode(model, fingerprint, split, items, views, what)
+        return encode(model, fingerprint, split, items, *rest)
 
     monkeypatch.setattr(train, "image_features", spy)
     flags = f"--dataset eurosat --shots 4 --epochs 2 --data {eurosat} --out"
@@ -170,14 +170,14 @@ def test_flags_reach_the_model(run_train, tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
-    rates = [train.learning_rate(e, 50, 0.032) for e in range(50)]
+    rates = [train.learning_rate(e, 50, 0.032, 5) for e in range(50)]
     assert rates[:5] == [1e-5] * 5
     assert rates[5] == 0.032
     assert math.isclose(rates[30], 0.032 * 0.5)  # half of the cosine's 50 epochs after the start
     expected = 0.032 * 0.5 * (1 + math.cos(math.pi * 44 / 50))
     assert math.isclose(rates[49], expected) and expected > 1e-3
-    assert train.learning_rate(0, 10, 1.0) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
-    assert train.learning_rate(1, 10, 1.0) == 1.0
+    assert train.learning_rate(0, 10, 1.0, 5) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
+    assert train.learning_rate(1, 10, 1.0, 5) == 1.0
 
 
 def test_the_learning_rate_grows_with_the_batch():
@@ -402,6 +402,6 @@ def test_result_json_has_the_documented_keys(run_train):
     result = run_train("--shots 1 --epochs 1")
     expected = """dataset classes shots seed method clip n_prompts top_k n_classes n_train n_test
         split few_shot_samples accuracy zero_shot_accuracy ensemble_accuracy val_accuracy
-        per_class_accuracy prompt_usage router train_seconds config"""
+        per_class_accuracy prompt_usage prompt_usage_by_epoch router train_seconds config"""
     assert sorted(result) == sorted(expected.split())
     assert json.loads(json.dumps(result)) == result
