@@ -1,9 +1,11 @@
-"""Evaluate a run on anything, and make tables of runs.
+"""Evaluate a run on anything; look into it; make tables and pictures of runs.
 
     python eval.py RUN                               # again on its own test images
     python eval.py RUN --classes new                 # a run of --classes base on the new classes
     python eval.py RUN --dataset shapes_sketch       # its prompts, another dataset's class names
+    python eval.py RUN --words                       # the words nearest to what was learned
     python eval.py --table out                       # all finished runs: mean ± std over seeds
+    python eval.py --plots out                       # the same as pictures
 
 The first three write into the run's folder: `eval_<dataset>_<classes>.json`, the router's picture
 beside it, and `samples_<...>.png`, test images with the prompts that they were given.
@@ -11,20 +13,20 @@ beside it, and `samples_<...>.png`, test images with the prompts that they were 
 
 import json
 import random
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
+from clip import simple_tokenizer as tokenizer
 
 import plots
+import report
 from backbone import BadInput, exit_on_bad_input, load_clip, read_torch_file
 from data import dataset_name, full_dataset, load_split, open_image, select_classes
 from features import image_features
 from model import MoCoOp, Probe, clip_as_it_is, measure
 from prompts import template_features, template_groups
-from runs import ELSEWHERE, find_runs, read_result
-from train import Parser, choose_device, describe, method_label
+from runs import read_result
+from train import Parser, choose_device, describe
 
 # ----------------------------------------------------------------------------- one run, anywhere
 
@@ -119,63 +121,32 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     return result
 
 
-# ---------------------------------------------------------------------------- tables over runs
+def words(folder, clip=None, n_nearest=3):
+    """What the learned context vectors say: for each, the nearest words of CLIP's vocabulary with
+    their Euclidean distances. Returns {template: [[(word, distance), ...] a vector]}.
 
-
-def harmonic_mean(base, new):
-    return 2 * base * new / (base + new) if base + new else 0.0
-
-
-def table(folder):
-    """Markdown: a row for runs that differ in the seed alone, and for CLIP as it is.
-
-    Accuracies in percent, mean ± population standard deviation over seeds. `new` is a base run
-    evaluated on the new classes, H the harmonic mean of the mean base and mean new accuracy.
-    Other datasets that runs were evaluated on get a column each.
+    CoOp's look inside. Beware: a vector can do its work far away from any word.
+    Raises BadInput for a run without prompts.
     """
-    table_rows = defaultdict(lambda: defaultdict(dict))  # row -> column -> seed -> accuracy
-    for result, evaluations in find_runs(folder):
-        config = result["config"]
-        but_seed = {k: v for k, v in config.items() if k not in (*ELSEWHERE, "seed")}
-        task = dataset_name(config["dataset"]), config["classes"], config["clip"]
-        for key, *row in [
-            ("zero_shot_accuracy", 0, "zero-shot", ""),
-            ("ensemble_accuracy", 0, "ensemble", config["groups"]),
-            (
-                "accuracy",
-                config["shots"],
-                method_label(config),
-                json.dumps(but_seed),
-            ),
-        ]:
-            columns = table_rows[(*task, *row)]
-            columns["accuracy"][config["seed"]] = result[key]
-            for other in evaluations:
-                parts = [other["dataset"], other["classes"]]
-                same = [dataset_name(config["dataset"]), config["classes"]]
-                column = " ".join(part for part, own in zip(parts, same) if part != own)
-                if column:
-                    columns[column][config["seed"]] = other[key]
-
-    def cell(values):
-        values = list(values.values())
-        spread = f" ± {np.std(values):.1f}" if len(values) > 1 and np.ptp(values) else ""
-        return f"{np.mean(values):.1f}{spread}" if values else ""
-
-    targets = sorted({c for row in table_rows.values() for c in row} - {"accuracy", "new"})
-    columns = ["dataset", "classes", "CLIP", "method", "shots", "seeds", "accuracy", "new", "H"]
-    lines = [[*columns, *targets]]
-    for (dataset, classes, clip, shots, method, _), row in sorted(table_rows.items()):
-        h = ""
-        if classes == "base" and row["new"]:
-            means = [np.mean(list(row[c].values())) for c in ("accuracy", "new")]
-            h = f"{harmonic_mean(*means):.1f}"
-        seeds = len(row["accuracy"]) if shots else ""
-        cells = [cell(row["accuracy"]), cell(row["new"]), h, *(cell(row[t]) for t in targets)]
-        lines.append([dataset, classes, clip, method, shots or "", seeds, *cells])
-    used = [i for i in range(len(lines[0])) if any(line[i] != "" for line in lines[1:])]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(str(line[i]) for i in used) + " |" for line in lines)
+    config, _, model, clip_model, _ = load_run(folder, clip)
+    if config["classifier"] != "prompts":
+        raise BadInput(f"{folder} is a run of {config['method']}: it has no prompts")
+    embeddings = clip_model.token_embedding.weight  # rows of unknown words are NaN
+    known = (~embeddings.isnan().any(dim=1)).nonzero().flatten()
+    decoder = tokenizer.SimpleTokenizer().decoder
+    found = {}
+    prompts = model.prompts
+    for template, *contexts in zip(
+        prompts.templates, prompts.context_before, prompts.context_after
+    ):
+        vectors = torch.cat(contexts).detach()
+        distances = torch.cdist(vectors, embeddings[known].float())
+        nearest = distances.topk(min(n_nearest, len(known)), largest=False)
+        found[template] = [
+            [(decoder[known[i].item()].replace("</w>", ""), round(d, 3)) for i, d in zip(*pair)]
+            for pair in zip(nearest.indices.tolist(), nearest.values.tolist())
+        ]
+    return found
 
 
 def run():
@@ -186,12 +157,28 @@ def run():
     parser.add_argument("--data", help="the root of all datasets (default: the run's)")
     parser.add_argument("--clip", help="where the run's CLIP lies, if not where it was")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--words", action="store_true", help="the words nearest to the prompts")
     parser.add_argument("--table", type=Path, metavar="DIR", help="all runs below DIR, in Markdown")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="the same as pictures, into DIR")
     args = parser.parse_args()
-    if (args.run is None) == (args.table is None):
-        parser.error("name a RUN, or --table DIR")
+    if [args.run, args.table, args.plots].count(None) != 2:
+        parser.error("name a RUN, or --table DIR, or --plots DIR")
     if args.table:
-        print(table(args.table))
+        print(report.table(args.table))
+    elif args.plots:
+        drawn = report.pictures(args.plots)
+        if not drawn:
+            raise BadInput(
+                f"no run below {args.plots} has a method's own settings: nothing to draw"
+            )
+        print(f"saved in {args.plots}: {', '.join(drawn)}")
+    elif args.words:
+        for template, vectors in words(args.run, args.clip).items():
+            print(template)
+            for i, vector in enumerate(vectors, 1):
+                print(
+                    f"  v{i}  " + "  ".join(f"{word} {distance:.3f}" for word, distance in vector)
+                )
     else:
         evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
 

@@ -39,25 +39,32 @@ def router_picture(result, path):
 
     Of many classes it shows those whose prompts differ most from the average.
     """
-    columns, share = list(result["prompt_usage"]), np.array(result["router"]["share"])
+    share, rows = np.array(result["router"]["share"]), result["router"]["rows"]
     unusual = np.abs(share - share.mean(axis=0)).sum(axis=1).argsort()[::-1]
     shown = sorted(unusual[:MOST_ROWS])
-    figure, axes = plt.subplots(
-        figsize=(max(7.0, 2.6 + 0.75 * len(columns)), 2.2 + 0.32 * len(shown)), layout="constrained"
-    )
-    axes.imshow(share[shown], cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-    axes.set_yticks(range(len(shown)), [result["router"]["rows"][row] for row in shown])
-    axes.set_xlabel("soft prompt, by the template it started from")
     which = "" if len(shown) == len(share) else f" (the {MOST_ROWS} most unusual)"
-    title = f"{result['dataset']}, {result['classes']} classes{which}:"
-    axes.set_title(f"{title}\nshare of the router's weight (%)", loc="left", fontsize=10)
-    for y, row in enumerate(shown):
-        for x, value in enumerate(share[row]):
-            colour = "white" if value > 0.6 else "black"
-            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+    title = f"{result['dataset']}, {result['classes']} classes{which}"
+    columns = list(result["prompt_usage"])
+    figure = heat_map(columns, [rows[row] for row in shown], share[shown], title)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def heat_map(columns, rows, share, title):
+    """Shares of the router's weight, kinds of images x prompts, with their numbers."""
+    figure, axes = plt.subplots(
+        figsize=(max(7.0, 2.6 + 0.75 * len(columns)), 2.2 + 0.32 * len(rows)), layout="constrained"
+    )
+    axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("soft prompt, by the template it started from")
+    axes.set_title(f"{title}:\nshare of the router's weight (%)", loc="left", fontsize=10)
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            colour = "white" if value > 0.6 else "black"
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+    return figure
 
 
 def samples_picture(split, images, weights, answers, columns, path):

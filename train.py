@@ -429,6 +429,9 @@ def train(config, groups, folder, resume):
     templates = [template for group in groups for template in group]
     hard = template_features(clip_model, templates, names)  # (T, C, D)
     if config["groups"] == "auto" and config["classifier"] == "prompts":
+        if config["n_groups"] > len(templates):
+            n = len(templates)
+            raise BadInput(f"--n-groups {config['n_groups']} is above the number of templates, {n}")
         groups = group_templates(templates, hard, config["n_groups"])
         check_top_k(config["top_k"], groups)
         order = [templates.index(template) for group in groups for template in group]

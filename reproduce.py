@@ -1,0 +1,92 @@
+"""Every table and picture of the README's numbers on the embedded world.
+
+    python reproduce.py              # half an hour on two cores; what is there already is skipped
+
+Runs go to out/shapes; then `python eval.py --table out/shapes` and `--plots out/shapes` are
+called. Settings are the authors' own. The last part tries learning rates, as often for each method,
+to be compared by their accuracy on validation images.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+import eval
+import report
+import train
+
+SEEDS = 1, 2, 3, 4, 5
+SHOTS = 1, 2, 4, 8, 16
+LEARNED = "linear", "coop", "cocoop", "lasp", "mocoop"
+SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
+ABLATIONS = (
+    *("--gate-weight 0", "--text-weight 0", "--router uniform", "--router frozen"),
+    *("--top-k 1", "--top-k 4", "--top-k 8", "--init random", "--one-group", "--groups auto"),
+    *("--text-bias", "--text-scale 100", "--text-target templates", "--max-grad-norm 0"),
+)
+RATES = 0.1, 0.3, 3, 10  # times the method's own
+
+
+def jobs():
+    """(flags, [what to evaluate the run on afterwards]), the most telling ones first."""
+    base = "--classes base", [{"classes": "new"}]
+    shifted = [{"dataset": dataset} for dataset in SHIFTED]
+    for seed in SEEDS:
+        for method in LEARNED:
+            for shots in SHOTS:
+                targets = shifted if shots == 16 else []
+                yield f"--method {method} --shots {shots} --seed {seed}", targets
+        for method in LEARNED:
+            targets = base[1] if method != "linear" else []  # it cannot know new classes
+            yield f"--method {method} --seed {seed} {base[0]}", targets
+        yield f"--method mocoop --shots 4 --seed {seed} {base[0]}", base[1]
+    for flags in ABLATIONS:
+        for seed in SEEDS:
+            yield f"{flags} --seed {seed}", []
+            yield f"{flags} --seed {seed} {base[0]}", base[1]
+    for method in LEARNED[1:]:
+        for rate in RATES:
+            for seed in SEEDS:
+                lr = train.METHODS[method]["lr"] * rate
+                yield f"--method {method} --lr {lr:.3g} --seed {seed}", []
+
+
+def run(flags, targets):
+    """One run and its evaluations, if they are not there yet; returns what to print."""
+    torch.set_num_threads(1)
+    start = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        config, groups, folder, _ = train.resolve(train.make_parser().parse_args(flags.split()))
+        if not (folder / "result.json").exists():
+            train.train(config, groups, folder, resume=(folder / "resume.pt").exists())
+        for target in targets:
+            name = f"{target.get('dataset', 'shapes')}_{target.get('classes', 'all')}"
+            if not (folder / f"eval_{name}.json").exists():
+                eval.evaluate(folder, **target)
+    result = json.loads((folder / "result.json").read_text())
+    return f"{result['accuracy']:6.2f} %  {time.time() - start:4.0f} s  {flags}"
+
+
+def main():
+    n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    todo = list(jobs())
+    run(*todo[0])  # encodes what all share
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_jobs, mp_context=spawn) as pool:
+        done = [pool.submit(run, *job) for job in todo]
+        for i, job in enumerate(as_completed(done), 1):
+            print(f"{i:3d}/{len(todo)}  {job.result()}", flush=True)
+    folder = Path("out", "shapes")
+    (folder / "table.md").write_text(report.table(folder) + "\n", encoding="utf-8")
+    print(f"saved {folder / 'table.md'}, and in {folder}: {', '.join(report.pictures(folder))}")
+
+
+if __name__ == "__main__":
+    main()

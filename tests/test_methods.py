@@ -1,0 +1,409 @@
+"""The rows of `train.METHODS`, each against something other than itself, and the ablation flags."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval
+import grouping
+import report
+import train
+from backbone import BadInput
+from model import MoCoOp
+from probe import linear_probe, logistic_regression
+from prompts import SoftPrompts, template_features, template_groups
+
+NAMES = ["cat", "sea", "Annual Crop Land"]
+
+
+def learned(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def config_of(*flags):
+    return train.resolve(train.make_parser().parse_args(list(map(str, flags))))[0]
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# ----------------------------------------------------------------------- CLIP as it is, and probes
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
+def test_methods_without_training_are_clips_own(run_train, method, tmp_path):
+    """`test_train.py` compares these two baselines with `clip`'s encoders."""
+    result = run_train(f"--method {method} --shots 1")
+    key = {"zeroshot": "zero_shot_accuracy", "ensemble": "ensemble_accuracy"}[method]
+    assert result["accuracy"] == result[key]
+    assert result["n_prompts"] == 0 and result["prompt_usage"] == {}
+    assert not (tmp_path / "run/router.png").exists()
+    other = eval.evaluate(tmp_path / "run", dataset="shapes_v2", classes="new")
+    assert other["accuracy"] == other[key]
+
+
+def test_the_linear_probe_is_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features = unit(90, 16)
+    labels = torch.arange(90) % 3
+    features[labels == 1, 0] += 0.5
+    for c in (0.1, 10.0, 1000.0):
+        weight, bias = logistic_regression(features, labels, 3, c)
+        theirs = linear_model.LogisticRegression(C=c, max_iter=10_000, tol=1e-8)
+        theirs.fit(features.double().numpy(), labels.numpy())
+        assert torch.allclose(weight.double(), torch.tensor(theirs.coef_), atol=1e-3 * c**0.5)
+        expected = torch.tensor(theirs.intercept_)
+        assert torch.allclose(bias.double() - bias.mean(), expected - expected.mean(), atol=1e-2)
+
+
+def test_logistic_regression_is_at_its_minimum():
+    features, labels, c = unit(60, 8), torch.arange(60) % 3, 5.0
+    weight, bias = (
+        x.double().requires_grad_() for x in logistic_regression(features, labels, 3, c)
+    )
+    logits = features.double() @ weight.T + bias
+    loss = c * F.cross_entropy(logits, labels, reduction="sum") + weight.square().sum() / 2
+    loss.backward()
+    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
+
+
+def test_the_probes_strength_is_chosen_on_validation_images():
+    features, labels = unit(40, 8), torch.arange(40) % 2
+    features[labels == 0] += 0.1
+    val_features, val_labels = unit(200, 8, seed=1), torch.arange(200) % 2
+    val_features[val_labels == 0] += 0.1
+    weight, bias, c = linear_probe(features, labels, val_features, val_labels, 2)
+
+    def accuracy(weight, bias):
+        return ((val_features @ weight.T + bias).argmax(-1) == val_labels).float().mean()
+
+    best = accuracy(weight, bias)
+    for exponent in (6, 4, 2, 0, -2, -4, -6):
+        assert best >= accuracy(*logistic_regression(features, labels, 2, 10.0**exponent))
+    again = logistic_regression(features, labels, 2, c)
+    assert torch.allclose(again[0], weight, atol=1e-4)
+
+
+def test_a_probe_knows_its_own_classes_alone(run_train, tmp_path):
+    run_train("--method linear --shots 2 --classes base")
+    shifted = eval.evaluate(tmp_path / "run", dataset="shapes_v2")
+    assert shifted["accuracy"] > 20
+    with pytest.raises(BadInput, match="knows no other"):
+        eval.evaluate(tmp_path / "run", classes="new")
+
+
+# -------------------------------------------------------------------------- prompts of one's own
+
+
+def test_coop_is_the_plain_loop_over_clips_own_encoder(random_clip):
+    """Three steps of CoOp written out: 77 positions, one prompt, cross-entropy, SGD."""
+    features, labels = unit(64, 1, 64), torch.arange(64) % 3
+    config = config_of("--method", "coop", "--epochs", 1, "--warm-up", 0, "--lr", 0.1)
+    torch.manual_seed(0)
+    groups = [["a photo of a {}."]]
+    model = MoCoOp(random_clip, groups, config)
+    model.prompts.set_classes(random_clip, NAMES)
+    hard = template_features(random_clip, groups[0], NAMES)
+    train.fit(
+        random_clip, model, config, groups, hard, slice(None), features, labels,
+        lambda snapshot: None, None,
+    )  # fmt: skip
+
+    import clip
+
+    tokens = clip.tokenize([f"a photo of a {name}" for name in NAMES])
+    embedded = random_clip.token_embedding(tokens).detach()
+    context = embedded[0, 1:5].clone().requires_grad_()
+    optimiser = torch.optim.SGD([context], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    order_rng = torch.Generator().manual_seed(config["seed"])
+    order = torch.randperm(64, generator=order_rng)
+    for batch in order.split(32):
+        x = torch.cat([embedded[:, :1], context.expand(3, -1, -1), embedded[:, 5:]], dim=1)
+        x = (x + random_clip.positional_embedding).permute(1, 0, 2)
+        x = random_clip.ln_final(random_clip.transformer(x).permute(1, 0, 2))
+        x = x[torch.arange(3), tokens.argmax(-1)] @ random_clip.text_projection
+        text = x / x.norm(dim=-1, keepdim=True)
+        logits = random_clip.logit_scale.exp() * features[batch, 0] @ text.T
+        optimiser.zero_grad()
+        F.cross_entropy(logits, labels[batch]).backward()
+        optimiser.step()
+    moved = (context - embedded[0, 1:5]).abs().max()
+    ours = model.prompts.context_before[0]
+    assert moved > 1e-3 and (ours - context).abs().max() < 1e-4 * moved
+
+
+def test_coop_is_mocoop_with_one_prompt_and_one_loss(run_train, tmp_path):
+    same = "--shots 2 --epochs 4 --lr 0.02 --warm-up 1 --max-grad-norm 0 --out"
+    run_train(f"--method coop {same}", tmp_path / "coop")
+    one = ["--init", "a photo of a {}."]
+    parts = "--one-group --gate-weight 0 --text-weight 0 --top-k 1"
+    run_train(f"{parts} {same}", tmp_path / "mocoop", *one)
+    name = "prompts.context_before.0"
+    assert torch.equal(learned(tmp_path / "coop")[name], learned(tmp_path / "mocoop")[name])
+
+
+def test_random_context_is_16_small_vectors_before_the_name(random_clip):
+    torch.manual_seed(0)
+    prompts = SoftPrompts(random_clip, ["a photo of a {}.", "{} texture."], "random")
+    assert [tuple(c.shape) for c in prompts.context_before] == [(16, 64)] * 2
+    assert [tuple(c.shape) for c in prompts.context_after] == [(0, 64)] * 2
+    spread = torch.cat(list(prompts.context_before)).std()
+    assert 0.018 < spread < 0.022
+
+
+def test_the_number_of_epochs_follows_the_shots_in_coop():
+    epochs = {
+        n: config_of("--method", "coop", "--shots", n)["epochs"] for n in (1, 2, 4, 8, 16, 32)
+    }
+    assert epochs == {1: 50, 2: 100, 4: 100, 8: 200, 16: 200, 32: 200}
+
+
+def test_cocoop_with_its_network_at_zero_is_coop(random_clip):
+    config = config_of("--method", "cocoop")
+    model = MoCoOp(random_clip, [["a photo of a {}."]], config)
+    for parameter in model.shift.parameters():
+        parameter.data.zero_()
+    model.prompts.set_classes(random_clip, NAMES)
+    plain = SoftPrompts(random_clip, ["a photo of a {}."])
+    plain.set_classes(random_clip, NAMES)
+    expected = plain.text_features(random_clip)
+    ours = model.text_features(random_clip, unit(5, 64))
+    assert ours.shape == (5, 1, 3, 64)
+    assert torch.allclose(ours, expected.expand_as(ours), atol=1e-6)
+
+
+def test_cocoop_adds_its_shift_to_every_context_vector_of_an_image(random_clip):
+    prompts = SoftPrompts(random_clip, ["a photo of a {}.", "{} texture."])
+    prompts.set_classes(random_clip, NAMES)
+    shift = 0.1 * unit(2, 64)
+    ours = prompts.text_features(random_clip, shift=shift, chunk=5)
+    starts = [
+        [v.detach().clone() for v in c] for c in (prompts.context_before, prompts.context_after)
+    ]
+    for image in range(2):
+        for contexts, start in zip((prompts.context_before, prompts.context_after), starts):
+            for vectors, own in zip(contexts, start):
+                vectors.data = own + shift[image]
+        assert torch.allclose(ours[image], prompts.text_features(random_clip), atol=1e-5)
+
+
+def test_lasp_classifies_against_every_template_one_by_one(run_train, monkeypatch):
+    seen = []
+    original = train.text_loss
+    monkeypatch.setattr(train, "text_loss", lambda *a: seen.append(a) or original(*a))
+    run_train("--method lasp --shots 1 --epochs 1 --classes base")
+    soft, hard, scale = (x.detach() if torch.is_tensor(x) else x for x in seen[0])
+    n_templates = sum(map(len, template_groups("shapes")))
+    assert soft.shape == hard.shape == (n_templates, 20, 128)  # base and new names
+    losses = []
+    for template in range(n_templates):
+        assert torch.equal(soft[template], soft[0])  # the one prompt
+        for c in range(20):
+            logits = 100 * soft[0, c] @ hard[template].T
+            losses.append((torch.logsumexp(logits, 0) - logits[c]).item())
+    assert math.isclose(original(soft, hard, scale).item(), sum(losses) / len(losses), rel_tol=1e-4)
+
+
+def test_lasp_without_its_loss_and_bias_is_coop(run_train, tmp_path):
+    same = "--shots 2 --epochs 3 --lr 0.02 --warm-up 1 --max-grad-norm 0 --out"
+    run_train(f"--method coop {same}", tmp_path / "coop")
+    run_train(f"--method lasp --text-weight 0 --no-text-bias {same}", tmp_path / "lasp")
+    name = "prompts.context_before.0"
+    assert torch.equal(learned(tmp_path / "coop")[name], learned(tmp_path / "lasp")[name])
+
+
+# -------------------------------------------------------------------------------- ablation flags
+
+
+def test_a_frozen_router_stays_as_it_was_drawn_and_a_uniform_one_has_no_gate(run_train, tmp_path):
+    flags = "--shots 2 --epochs 3 --router"
+    run_train(f"{flags} frozen --seed 3 --out", tmp_path / "frozen")
+    run_train(f"{flags} frozen --seed 3 --lr 1 --out", tmp_path / "faster")
+    a, b = learned(tmp_path / "frozen"), learned(tmp_path / "faster")
+    assert torch.equal(a["router.gate.weight"], b["router.gate.weight"])
+    assert not torch.equal(a["prompts.context_before.0"], b["prompts.context_before.0"])
+    result = run_train(f"{flags} uniform --out", tmp_path / "uniform")
+    assert not any("gate" in name for name in learned(tmp_path / "uniform"))
+    assert set(result["prompt_usage"].values()) == {0.125}
+
+
+def test_one_group_has_all_templates_and_one_prompt(run_train, tmp_path):
+    result = run_train("--shots 1 --epochs 1 --one-group")
+    assert result["n_prompts"] == result["top_k"] == 1
+    groups = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["groups"]
+    assert groups == [[t for group in template_groups("shapes") for t in group]]
+
+
+def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(run_train, monkeypatch, tmp_path):
+    norms = []
+    clip_ = torch.nn.utils.clip_grad_norm_
+    spy = lambda parameters, norm: norms.append(norm) or clip_(parameters, norm)  # noqa: E731
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", spy)
+    run_train("--shots 1 --epochs 1 --max-grad-norm 0")
+    assert norms == []
+    run_train("--shots 1 --epochs 1 --max-grad-norm 0.5 --out", tmp_path / "clipped")
+    assert norms == [0.5]
+
+
+def test_the_mixture_may_have_cocoops_network(run_train, tmp_path):
+    result = run_train("--shots 1 --epochs 2 --conditional --batch-size 4 --chunk 50")
+    assert result["n_prompts"] == 8
+    assert learned(tmp_path / "run")["shift.0.weight"].shape == (8, 128)
+    assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
+
+
+def test_tuned_layer_norms_are_part_of_the_run(run_train, tmp_path, cache, monkeypatch):
+    run_train("--shots 1 --epochs 1")  # whatever is to be cached is
+    before = sorted(cache.rglob("*"))
+    save = train.save_torch
+    flags = "--shots 1 --epochs 3 --tune-visual-ln --out"
+    whole = run_train(flags, tmp_path / "whole")
+
+    def save_and_die(content, path):
+        save(content, path)
+        if content["epoch"] == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(train, "save_torch", save_and_die)
+    with pytest.raises(InterruptedError):
+        run_train(flags, tmp_path / "parts")
+    monkeypatch.setattr(train, "save_torch", save)
+    parts = run_train(flags, tmp_path / "parts", "--resume")
+    a, b = learned(tmp_path / "whole"), learned(tmp_path / "parts")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert parts["accuracy"] == whole["accuracy"]
+    assert sorted(cache.rglob("*")) == before
+    norms = [name for name in a if name.startswith("visual_ln")]
+    assert len(norms) == 4 * 2 * 2  # layers, LayerNorms in each, weight and bias
+    again = eval.evaluate(tmp_path / "whole")
+    for key in ("accuracy", "zero_shot_accuracy", "prompt_usage"):
+        assert again[key] == whole[key]
+
+
+def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip):
+    config = config_of("--tune-visual-ln", "--epochs", 1, "--warm-up", 0)
+    import copy
+
+    clip_model = copy.deepcopy(random_clip)
+    groups = [["a photo of a {}."], ["{} texture."]]
+    model = MoCoOp(clip_model, groups, config)
+    model.prompts.set_classes(clip_model, NAMES)
+    hard = template_features(clip_model, ["a photo of a {}.", "{} texture."], NAMES)
+    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rates = []
+    train.fit(
+        clip_model, model, config, groups, hard, slice(None),
+        lambda batch, epoch: F.normalize(clip_model.encode_image(images[batch]), dim=-1),
+        torch.arange(32) % 3,
+        lambda s: rates.extend(g["lr"] for g in s["optimiser"]["param_groups"]), None,
+    )  # fmt: skip
+    assert rates == pytest.approx([0.032, 0.0032])
+    assert not torch.equal(
+        model.visual_ln[0].weight, random_clip.visual.transformer.resblocks[0].ln_1.weight
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--method linear --epochs 3", "--method linear has no --epochs"),
+        ("--method zeroshot --text-bias", "--method zeroshot has no --text-bias"),
+        ("--init photo", "the template 'photo' needs one {}"),
+        ("--n-groups 3", "--n-groups goes with --groups auto"),
+        ("--groups auto --one-group", "--one-group does not"),
+        ("--one-group --top-k 2", "--top-k 2 is above the number of prompts, 1"),
+        ("--groups auto --n-groups 3 --top-k 4", "--top-k 4 is above the number of prompts, 3"),
+        ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 21"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(run_train, flags, said):
+    with pytest.raises(BadInput, match=said.replace("{", r"\{")):
+        run_train(f"--shots 1 {flags}")
+
+
+# ---------------------------------------------------------------------------------- groups found
+
+
+def test_templates_are_merged_nearest_first_by_average_linkage():
+    points = torch.tensor([0.0, 1.0, 10.0, 11.0, 30.0])
+    distance = (points[:, None] - points).abs()
+    assert grouping.clusters(distance, 3) == [[0, 1], [2, 3], [4]]
+    assert grouping.clusters(distance, 2) == [[0, 1, 2, 3], [4]]
+
+
+def test_silhouette_by_hand():
+    points = torch.tensor([0.0, 2.0, 10.0, 14.0])
+    distance = (points[:, None] - points).abs()
+    # a: 2, 2, 4, 4; b: mean of 10 and 14, of 8 and 12, of 10 and 8, of 14 and 12
+    expected = (10 / 12 + 8 / 10 + 5 / 9 + 9 / 13) / 4
+    assert math.isclose(grouping.silhouette(distance, [[0, 1], [2, 3]]), expected, rel_tol=1e-6)
+
+
+def test_groups_are_found_where_there_are_some(run_train, tmp_path):
+    result = run_train("--shots 1 --epochs 1 --groups auto --n-groups 3")
+    assert result["n_prompts"] == 3
+    run_train("--shots 1 --epochs 1 --groups auto --out", tmp_path / "free")
+    found = torch.load(tmp_path / "free/checkpoint.pt", weights_only=True)["groups"]
+    assert sorted(map(sorted, found)) == sorted(map(sorted, template_groups("shapes")))
+
+
+# ------------------------------------------------------------------------------ words and pictures
+
+
+def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_path):
+    run_train("--shots 1 --epochs 1 --lr 1e-9 --warm-up 0")
+    nearest = eval.words(tmp_path / "run")
+    said = {template: [vector[0][0] for vector in vectors] for template, vectors in nearest.items()}
+    assert said["a low resolution photo of the {}."] == [
+        *("a", "low", "resolution", "photo", "of", "the")
+    ]
+    assert nearest["a photo of a {}."][1][0][1] < 1e-3  # its distance
+    assert [d for _, d in nearest["a photo of a {}."][1]] == sorted(
+        d for _, d in nearest["a photo of a {}."][1]
+    )
+    run_train("--method zeroshot --shots 1 --out", tmp_path / "none")
+    with pytest.raises(BadInput, match="it has no prompts"):
+        eval.words(tmp_path / "none")
+
+
+def test_pictures_are_drawn_from_runs_on_disk(run_train, tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(BadInput, match="no finished run"):
+        report.pictures(folder)
+    run_train("--shots 1 --epochs 1 --out", folder / "a")
+    assert report.pictures(folder) == []  # not with the method's own number of epochs
+
+
+def result_like(result, folder, **changes):
+    config = {**result["config"], **changes.pop("config", {})}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({**result, **changes, "config": config}))
+
+
+def test_curves_and_ablations_are_means_over_seeds(run_train, tmp_path):
+    result = run_train("--shots 1 --epochs 1")
+    preset = {"epochs": 50, "shots": 16}
+    for seed, accuracy in ((1, 80.0), (2, 82.0)):
+        for shots in (8, 16):
+            config = {**preset, "seed": seed, "shots": shots}
+            result_like(
+                result,
+                tmp_path / f"out/{seed}{shots}",
+                shots=shots,
+                accuracy=accuracy,
+                config=config,
+            )
+        config = {**preset, "seed": seed, "top_k": 1}
+        result_like(
+            result, tmp_path / f"out/k{seed}", shots=16, accuracy=accuracy - 5, config=config
+        )
+    drawn = report.pictures(tmp_path / "out")
+    assert drawn == ["few_shot.png", "router.png", "usage.png", "ablation.png"]
+    rows = report.accuracies(report.find_runs(tmp_path / "out"))
+    values = {key[3:5]: row["accuracy"] for key, row in rows.items() if key[3]}
+    assert values[16, "mocoop"] == {1: 80.0, 2: 82.0}
+    assert values[16, "mocoop-top_k1"] == {1: 75.0, 2: 77.0}
