@@ -317,7 +317,7 @@ def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip):
         ("--groups auto --one-group", "--one-group does not"),
         ("--one-group --top-k 2", "--top-k 2 is above the number of prompts, 1"),
         ("--groups auto --n-groups 3 --top-k 4", "--top-k 4 is above the number of prompts, 3"),
-        ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 21"),
+        ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 20"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(run_train, flags, said):
