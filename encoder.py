@@ -49,7 +49,8 @@ class Rows:
         return len(self.prompt)
 
     def repeat(self, n, n_tokens, n_sentences):
-        """The same rows n times, each time of the next n_tokens and n_sentences."""
+        """The rows n times; the i-th time their tokens are n_tokens further down the table for each
+        time before, and their sentences count on by n_sentences."""
         rows = self[torch.arange(len(self)).repeat(n)]
         time = torch.arange(n, device=rows.token.device).repeat_interleave(len(self))[:, None]
         rows.token += time * n_tokens
@@ -70,8 +71,7 @@ def pack(prompts, width, device=None):
     shared = [len(os.path.commonprefix([s[:-1] for s in sentences])) for sentences in prompts]
     own = [[len(s) - n for s in sentences] for sentences, n in zip(prompts, shared)]
     tries = []
-    for power in range(64):
-        parts = int(1.25**power)  # of the longest prompt
+    for parts in sorted({int(1.25**power) for power in range(40)}):  # of the longest prompt
         length = max(n + max(max(sizes), -(-sum(sizes) // parts)) for n, sizes in zip(shared, own))
         shares = [_deal(sizes, length - n) for n, sizes in zip(shared, own)]
         loads = [n + load for n, share in zip(shared, shares) for load, _ in share]

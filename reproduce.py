@@ -30,13 +30,14 @@ ABLATIONS = (
     *("--gate-weight 0", "--text-weight 0", "--router uniform", "--router frozen"),
     *("--top-k 1", "--top-k 4", "--top-k 8", "--init random", "--one-group", "--groups auto"),
     *("--text-bias", "--text-scale 100", "--text-target templates", "--max-grad-norm 0"),
+    *("--text-weight 25", "--epochs 25", "--epochs 100"),
 )
 RATES = 0.1, 0.3, 3, 10  # times the method's own
 
 
 def jobs():
-    """(flags, [what to evaluate the run on afterwards]), the most telling ones first."""
-    base = "--classes base", [{"classes": "new"}]
+    """(flags, [what to evaluate the run on afterwards])."""
+    new = [{"classes": "new"}]
     shifted = [{"dataset": dataset} for dataset in SHIFTED]
     for seed in SEEDS:
         for method in LEARNED:
@@ -44,13 +45,13 @@ def jobs():
                 targets = shifted if shots == 16 else []
                 yield f"--method {method} --shots {shots} --seed {seed}", targets
         for method in LEARNED:
-            targets = base[1] if method != "linear" else []  # it cannot know new classes
-            yield f"--method {method} --seed {seed} {base[0]}", targets
-        yield f"--method mocoop --shots 4 --seed {seed} {base[0]}", base[1]
+            targets = new if method != "linear" else []  # it cannot know new classes
+            yield f"--method {method} --seed {seed} --classes base", targets
+        yield f"--method mocoop --shots 4 --seed {seed} --classes base", new
     for flags in ABLATIONS:
         for seed in SEEDS:
-            yield f"{flags} --seed {seed}", []
-            yield f"{flags} --seed {seed} {base[0]}", base[1]
+            yield f"{flags} --seed {seed}", shifted
+            yield f"{flags} --seed {seed} --classes base", new
     for method in LEARNED[1:]:
         for rate in RATES:
             for seed in SEEDS:
