@@ -27,7 +27,10 @@ class MoCoOp(nn.Module):
         """groups: lists of templates, a prompt each. config: flags as in `train.METHODS`."""
         super().__init__()
         text_width, width = clip_model.text_projection.shape
-        self.prompts = SoftPrompts(clip_model, [group[0] for group in groups], config["init"])
+        templates = [group[0] for group in groups]
+        if len(groups) == 1 and "{}" in config["init"]:
+            templates = [config["init"]]  # a prompt goes by what it started from
+        self.prompts = SoftPrompts(clip_model, templates, config["init"])
         self.router = Router(
             width, len(groups), min(config["top_k"], len(groups)), config["router"]
         )

@@ -83,22 +83,26 @@ MOCOOP = {
     "max_grad_norm": 1.0,  # 0: gradients are not clipped
     "views": 8,
 }
-COOP = MOCOOP | {
-    **{"one_group": True, "init": "a photo of a {}.", "router": "uniform"},
-    **{"gate_weight": 0.0, "text_weight": 0.0, "max_grad_norm": 0.0},
-    **{"epochs": {1: 50, 2: 100, 8: 200}, "warm_up": 1, "lr": 0.002},  # epochs: from so many shots
+ONE_PROMPT = MOCOOP | {
+    "one_group": True,
+    "init": "a photo of a {}.",
+    "router": "uniform",
+    "gate_weight": 0.0,
+}
+COOP = ONE_PROMPT | {
+    "text_weight": 0.0,
+    "epochs": {1: 50, 2: 100, 8: 200},  # from so many shots on; ImageNet: 50
+    "warm_up": 1,
+    "lr": 0.002,
+    "max_grad_norm": 0.0,
 }
 METHODS = {
     "mocoop": MOCOOP,
     "coop": COOP,  # Zhou et al., IJCV 2022
     "cocoop": COOP | {"conditional": True, "epochs": 10, "batch_size": 1},  # CVPR 2022
-    "lasp": MOCOOP  # Bulat and Tzimiropoulos, CVPR 2023
-    | {
-        **{"one_group": True, "init": "a photo of a {}.", "router": "uniform", "gate_weight": 0.0},
-        **{"text_target": "templates", "text_weight": 10.0, "text_scale": 100.0},
-        **{"text_bias": True},
-    },
-    # Without prompts to learn; no other flag means anything to them.
+    "lasp": ONE_PROMPT  # Bulat and Tzimiropoulos, CVPR 2023
+    | {"text_target": "templates", "text_weight": 10.0, "text_scale": 100.0, "text_bias": True},
+    # No prompts to learn, so no other flag means anything to these.
     "zeroshot": {"classifier": "zeroshot", "groups": "published"},
     "ensemble": {"classifier": "ensemble", "groups": "published"},
     "linear": {"classifier": "linear", "groups": "published"},
@@ -239,8 +243,8 @@ def preset(config):
     if "epochs" in row:
         row["lr"] *= (config["batch_size"] or row["batch_size"]) / row["batch_size"]
         if isinstance(row["epochs"], dict):
-            least = max(shots for shots in row["epochs"] if shots <= config["shots"])
-            row["epochs"] = row["epochs"][50 if config["dataset"] == "imagenet" else least]
+            shots = 1 if config["dataset"] == "imagenet" else config["shots"]
+            row["epochs"] = row["epochs"][max(n for n in row["epochs"] if n <= shots)]
     return row
 
 

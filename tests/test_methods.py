@@ -160,6 +160,7 @@ def test_the_number_of_epochs_follows_the_shots_in_coop():
         n: config_of("--method", "coop", "--shots", n)["epochs"] for n in (1, 2, 4, 8, 16, 32)
     }
     assert epochs == {1: 50, 2: 100, 4: 100, 8: 200, 16: 200, 32: 200}
+    assert config_of("--method", "coop", "--shots", 16, "--dataset", "imagenet")["epochs"] == 50
 
 
 def test_cocoop_with_its_network_at_zero_is_coop(random_clip):
