@@ -63,7 +63,9 @@ def one_sentence_a_row(prompts, length):
     """The sentences of `prompts.rows`, each in a row of its own: indices (N, length), EOT (N,)."""
     rows, n = prompts.rows, prompts.shape[0] * prompts.shape[1]
     index, eot = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    for token, position, sentence in zip(rows.token, rows.position, rows.sentence):
+    for token, position, sentence in zip(
+        rows.token.cpu(), rows.position.cpu(), rows.sentence.cpu()
+    ):
         common = sentence == -1
         for s in sentence[sentence >= 0].unique():
             own = sentence == s
@@ -76,7 +78,7 @@ def clips_own(model, embeddings, eot):
     """clip's own encoder, attention module and all, on as many positions as it is given."""
     length = embeddings.shape[1]
     for block in model.transformer.resblocks:
-        block.attn_mask = torch.full((length, length), -torch.inf).triu(1)
+        block.attn_mask = torch.full((length, length), -torch.inf, device=eot.device).triu(1)
     x = embeddings + model.positional_embedding[:length]
     x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
     return model.ln_final(x)[torch.arange(len(x)), eot] @ model.text_projection
@@ -96,6 +98,7 @@ class Setting:
         names = class_names(size, n_classes)
         self.model = MoCoOp(self.clip, groups, MOCOOP).to(device)
         self.model.prompts.set_classes(self.clip, names)
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
         self.index, self.eot = one_sentence_a_row(self.model.prompts, self.clip.context_length)
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         width, pixels = self.clip.text_projection.shape[1], self.clip.visual.input_resolution
@@ -110,16 +113,18 @@ class Setting:
         prompts = self.model.prompts
         contexts = zip(prompts.context_before, prompts.context_after)
         table = torch.cat([prompts.frozen, *(vectors for pair in contexts for vectors in pair)])
-        features = encode(self.clip, F.embedding(self.index[:, :length], table), self.eot)
+        features = encode(self.clip, F.embedding(self.index[:, :length], table), self.eot).float()
         return F.normalize(features, dim=-1).view(*prompts.shape, -1)
 
     def step(self, text, live=False, losses=("gate", "text")):
         """One step of training. text: gives the text features; live: encodes images, too."""
         f = self.image_features
         if live:
-            f = F.normalize(self.clip.encode_image(self.images), dim=-1)
+            with self.autocast:
+                f = F.normalize(self.clip.encode_image(self.images).float(), dim=-1)
         gate_logits, weights = self.model.router(f)
-        t = text(weights)
+        with self.autocast:
+            t = text(weights)
         total = image_loss(mixed_logits(f, t, weights, 100.0), self.labels)
         if "gate" in losses:
             target = gate_target(f, self.prototypes, self.labels, self.model.router.top_k)
@@ -365,6 +370,9 @@ def run():
     unknown = set(args.tables) - set(tables)
     if unknown:
         parser.error(f"no table {unknown.pop()!r}: {', '.join(tables)}")
+    for file in filter(None, (args.json, args.picture)):
+        if not file.absolute().parent.is_dir():
+            parser.error(f"there is no folder for {file}")
     device = choose_device(args.device)
     figures = {
         "torch": torch.__version__,

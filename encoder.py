@@ -163,7 +163,7 @@ def _block(block, x, sees=None, ends=None):
     return x + block.mlp(block.ln_2(x))
 
 
-def text_features(model, table, rows, n_sentences, chunk=CHUNK):
+def encode_sentences(model, table, rows, n_sentences, chunk):
     """Features of all sentences, computed in pieces and by all processes: (N, D), not normalised.
 
     table: (tokens, W), the embeddings that `rows.token` points into. chunk: how many sentences are
@@ -172,7 +172,7 @@ def text_features(model, table, rows, n_sentences, chunk=CHUNK):
     with the chunk and not with their number. Sentences without a place in `rows` get zeros.
     """
     table = parallel.sum_gradients(table)
-    pieces = split(rows[parallel.rank() :: parallel.world()], chunk)
+    pieces = in_pieces(rows[parallel.rank() :: parallel.world()], chunk)
     features = table.new_zeros(n_sentences, model.text_projection.shape[1])
     features = features + table[:0].sum()  # a process without rows takes part in the backward pass
     for piece in pieces:
@@ -188,7 +188,7 @@ def text_features(model, table, rows, n_sentences, chunk=CHUNK):
     return parallel.sum_over_processes(features)
 
 
-def split(rows, chunk):
+def in_pieces(rows, chunk):
     """Pieces of the rows with about `chunk` sentences each."""
     if not len(rows):
         return []

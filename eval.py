@@ -37,13 +37,16 @@ def load_run(folder, clip=None, device=None):
     clip: a name or file in place of the one the run names, as long as its weights are the same.
     Raises BadInput if the folder holds no finished run or its checkpoint is from another CLIP.
     """
-    if not (folder / "checkpoint.pt").is_file():
-        raise BadInput(f"{folder} holds no finished run (no checkpoint.pt)")
+    for name in ("checkpoint.pt", "result.json"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} holds no finished run (no {name})")
     checkpoint = read_torch_file(folder / "checkpoint.pt", "checkpoint of a run")
     try:
         config, groups = checkpoint["config"], checkpoint["groups"]
         state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
-    except KeyError as error:
+        for flag in ("clip", "classifier", "dataset", "classes", "data", "tune_visual_ln"):
+            config[flag]
+    except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} lacks {error}") from error
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
@@ -121,14 +124,14 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     return result
 
 
-def words(folder, clip=None, n_nearest=3):
+def words(folder, clip=None, device=None, n_nearest=3):
     """What the learned context vectors say: for each, the nearest words of CLIP's vocabulary with
     their Euclidean distances. Returns {template: [[(word, distance), ...] a vector]}.
 
     CoOp's look inside. Beware: a vector can do its work far away from any word.
     Raises BadInput for a run without prompts.
     """
-    config, _, model, clip_model, _ = load_run(folder, clip)
+    config, _, model, clip_model, _ = load_run(folder, clip, device)
     if config["classifier"] != "prompts":
         raise BadInput(f"{folder} is a run of {config['method']}: it has no prompts")
     embeddings = clip_model.token_embedding.weight  # rows of unknown words are NaN
@@ -163,17 +166,22 @@ def run():
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
+    of_runs = "dataset", "classes", "data", "clip", "device", "words"
+    for flag in of_runs[:3] if args.words else of_runs if args.run is None else ():
+        if getattr(args, flag):
+            parser.error(f"--{flag} means nothing here")
     if args.table:
         print(report.table(args.table))
     elif args.plots:
         drawn = report.pictures(args.plots)
         if not drawn:
             raise BadInput(
-                f"no run below {args.plots} has a method's own settings: nothing to draw"
+                f"nothing to draw below {args.plots}: curves need a method's own settings at several"
+                " numbers of shots, maps and bars a plain run of mocoop"
             )
         print(f"saved in {args.plots}: {', '.join(drawn)}")
     elif args.words:
-        for template, vectors in words(args.run, args.clip).items():
+        for template, vectors in words(args.run, args.clip, args.device).items():
             print(template)
             for i, vector in enumerate(vectors, 1):
                 print(

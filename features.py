@@ -165,7 +165,7 @@ def _encode(model, images, bar):
         with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
             features = model.encode_image(padded)[: len(batch)].float()
         rows.extend(F.normalize(features, dim=-1).cpu().numpy())
-        bar.update(len(batch))
+        bar.update(len(batch) * parallel.world())  # the others have done as much
     return rows
 
 

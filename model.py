@@ -48,12 +48,13 @@ class MoCoOp(nn.Module):
             norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)]
             self.visual_ln = nn.ModuleList(norms).requires_grad_(True)
         self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
+        self.chunk = config.get("chunk", CHUNK)  # sentences that are encoded at a time
 
-    def text_features(self, clip_model, image_features=None, only=None, chunk=CHUNK):
+    def text_features(self, clip_model, image_features=None, only=None):
         """(G, C, D) of the classes that `prompts.set_classes` was given last; (B, G, C, D) if the
         context depends on the image. only: (G,) bool, the prompts that will be read."""
         shift = self.shift and self.shift(image_features)
-        return self.prompts.text_features(clip_model, self.text_bias, shift, only, chunk)
+        return self.prompts.text_features(clip_model, self.text_bias, shift, only, self.chunk)
 
     @torch.no_grad()
     def predict(self, clip_model, class_names, image_features):
@@ -86,7 +87,10 @@ class Probe(nn.Module):
         Raises BadInput for classes that it was not made for.
         """
         if list(class_names) != self.class_names:
-            raise BadInput("this run holds a vector for each of its own classes and knows no other")
+            raise BadInput(
+                "a linear probe holds a vector for each class it was trained on and knows no other:"
+                " train one on these"
+            )
         predictions = (image_features @ self.weight.T + self.bias).argmax(dim=-1)
         return predictions, image_features.new_zeros(len(image_features), 0)
 

@@ -1,7 +1,8 @@
 """Many processes on one task: `torchrun --nproc_per_node N train.py ...`.
 
 Every process holds the same prompts and router, sees the same batches and computes the same
-losses; what is split is the work of encoding, images and sentences. In a step, each process
+losses; what is split is the work of encoding: images before training, sentences during it. In a
+step, each process
 encodes its share of the sentences, all get all the features (`sum_over_processes`), and in the
 backward pass each follows its own share back to the prompts, where the parts of the gradient are
 added up (`sum_gradients`). From there on all are equal again, so nothing else needs to be sent.
@@ -33,8 +34,6 @@ def start(device):
     printing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # The time covers a download that the others wait for, not a process that dies.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
@@ -48,9 +47,13 @@ def stop():
 
 
 def complain(message):
-    """Prints an error, once: what is wrong with the input is found by all processes."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints an error, once: what all processes find is for the first to say. Before they have
+    joined each speaks for itself, by its number, as it may be the only one to have failed."""
+    number = os.environ.get("RANK", "0")
+    if number == "0":
         print(message, file=sys.stderr)
+    elif not dist.is_initialized():
+        print(f"process {number}: {message}", file=sys.stderr)
 
 
 class _Sum(torch.autograd.Function):

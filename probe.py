@@ -1,7 +1,7 @@
 """The linear probe: logistic regression on image features, as CoOp compares with.
 
-Its L2 strength is chosen on the few-shot validation images by CoOp's search: seven powers of ten,
-then eight steps of bisection around the best.
+Its L2 strength is chosen on the few-shot validation images as CoOp does it: the best of seven
+powers of a hundred, then eight steps of bisection around it.
 """
 
 import torch
@@ -46,11 +46,13 @@ def linear_probe(features, labels, val_features, val_labels, n_classes):
         return tried[exponent][0]
 
     best = max((6, 4, 2, 0, -2, -4, -6), key=accuracy)
-    left, right = best - 2, best + 2
+    left, right = best - 1, best + 1
     for _ in range(8):
         if accuracy(left) < accuracy(right):
             left = (left + right) / 2
         else:
             right = (left + right) / 2
-    exponent = max(tried, key=accuracy)  # the first of equals: the one found by the coarse search
+    # CoOp ends with the last step's better half; this with the best of all tried, and the first of
+    # equals: few validation images make many of these.
+    exponent = max(tried, key=accuracy)
     return *tried[exponent][1:], 10.0**exponent

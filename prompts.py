@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import BadInput
-from encoder import CHUNK, pack, text_features
+from encoder import CHUNK, encode_sentences, pack
 
 # ---------------------------------------------------------------------------------- templates
 # The published groups (arXiv 2409.12011 and its code). The first template of a group starts its
@@ -204,10 +204,11 @@ def _known_tokens(model):
 
 
 @torch.no_grad()
-def template_features(model, templates, class_names):
+def template_features(model, templates, class_names, chunk=CHUNK):
     """Every template with every class name, as CLIP reads it: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template brings it or not.
+    chunk: how many are encoded at a time.
     Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
     """
     known = _known_tokens(model)
@@ -223,7 +224,7 @@ def template_features(model, templates, class_names):
             sentences[-1].append(tokens)
     table = model.token_embedding.weight
     rows = pack(sentences, table.shape[1], table.device)
-    features = text_features(model, table, rows, len(templates) * len(class_names))
+    features = encode_sentences(model, table, rows, len(templates) * len(class_names), chunk)
     return F.normalize(features, dim=-1).view(len(templates), len(class_names), -1)
 
 
@@ -261,19 +262,19 @@ class SoftPrompts(nn.Module):
         """
         super().__init__()
         self.templates = list(templates)
+        self.starts = self.templates if init == "template" else [init] * len(self.templates)
         # Made by `set_classes` on the device of its CLIP (so after any `.to`):
         self.frozen = None  # (R, W): embeddings of SOS, EOT and the names' tokens
         self.rows = None  # encoder.Rows: all prompts with all names, as indices into the table
         self.shape = None  # (G, C)
         known = _known_tokens(model)
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
-        for template in self.templates:
+        for start in self.starts:
             if init == "random":
                 vectors = 0.02 * torch.randn(16, model.token_embedding.weight.shape[1])
                 self.context_before.append(nn.Parameter(vectors))
                 self.context_after.append(nn.Parameter(vectors[:0].clone()))
                 continue
-            start = template if init == "template" else init
             before, after = check_template(start).strip().rstrip(".").split("{}")
             for text, contexts in ((before, self.context_before), (after, self.context_after)):
                 ids = torch.tensor(token_ids(text), dtype=torch.long)
@@ -297,8 +298,8 @@ class SoftPrompts(nn.Module):
         frozen = [SOS, EOT, *sorted({token for name in names for token in name})]
         index = {token: i for i, token in enumerate(frozen)}
         sentences, after = [], len(frozen)  # [prompt][class]: indices
-        for template, context_before, context_after in zip(
-            self.templates, self.context_before, self.context_after
+        for start, context_before, context_after in zip(
+            self.starts, self.context_before, self.context_after
         ):
             before, middle = after, after + len(context_before)
             after = middle + len(context_after)
@@ -312,7 +313,7 @@ class SoftPrompts(nn.Module):
                     *range(middle, after),
                     index[EOT],
                 ]
-                _check_length(model, len(sentence), template.replace("{}", text))
+                _check_length(model, len(sentence), f"the prompt {start!r} with {text!r}")
                 sentences[-1].append(sentence)
         self.shape = len(self.templates), len(class_names)
         weight = model.token_embedding.weight
@@ -326,7 +327,7 @@ class SoftPrompts(nn.Module):
         correction). shift: None or (B, W), added to all context vectors, one for each image as in
         CoCoOp; the result is then (B, G, C, D). only: None or (G,) bool, the prompts that somebody
         will read; the others are not computed, and what stands in their place is meaningless.
-        chunk: see `encoder.text_features`.
+        chunk: see `encoder.encode_sentences`.
         """
         context = torch.cat([*chain(*zip(self.context_before, self.context_after))])
         rows = self.rows if only is None else self.rows[only[self.rows.prompt]]
@@ -338,7 +339,7 @@ class SoftPrompts(nn.Module):
             table = torch.cat([frozen, context + shift[:, None]], dim=1).flatten(0, 1)
             rows = rows.repeat(len(shift), len(table) // len(shift), n_sentences)
             n_sentences, shape = len(shift) * n_sentences, (len(shift), *shape)
-        features = text_features(model, table, rows, n_sentences, chunk)
+        features = encode_sentences(model, table, rows, n_sentences, chunk)
         if bias is not None:
             features = features + bias
         return F.normalize(features, dim=-1).view(*shape, -1)

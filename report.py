@@ -1,15 +1,16 @@
 """Tables and pictures over many runs: mean and population standard deviation over seeds."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from data import dataset_name
 from plots import heat_map, plt
 from runs import ELSEWHERE, find_runs
-from train import METHODS, method_label
+from train import METHODS, method_label, preset
 
+BASELINES = "zeroshot", "ensemble"
 STYLES = [(marker, line) for line in ("-", "--", ":") for marker in "osv^Dx"]  # without colours
 
 
@@ -27,13 +28,16 @@ def accuracies(runs):
     rows = defaultdict(lambda: defaultdict(dict))
     for result, evaluations in runs:
         config = result["config"]
-        but_seed = {k: v for k, v in config.items() if k not in (*ELSEWHERE, "seed")}
+        flags = preset(config) | config  # runs made before there was a flag have its default
+        but_seed = {k: flags[k] for k in sorted(flags) if k not in (*ELSEWHERE, "seed")}
         task = dataset_name(config["dataset"]), config["classes"], config["clip"]
         for key, *row in [
             ("zero_shot_accuracy", 0, "zero-shot", ""),
             ("ensemble_accuracy", 0, "ensemble", str(config["groups"])),
             ("accuracy", config["shots"], method_label(config), json.dumps(but_seed)),
         ]:
+            if flags["classifier"] in BASELINES and key == "accuracy":
+                continue  # these are there already
             columns = rows[(*task, *row)]
             columns["accuracy"][config["seed"]] = result[key]
             for other in evaluations:
@@ -47,9 +51,10 @@ def accuracies(runs):
 
 def mean_h(columns):
     """The harmonic mean of the mean base and the mean new accuracy of a base run; None without."""
-    if not columns.get("new"):
+    seeds = columns["accuracy"].keys() & columns.get("new", {}).keys()
+    if not seeds:
         return None
-    return harmonic_mean(*(np.mean(list(columns[c].values())) for c in ("accuracy", "new")))
+    return harmonic_mean(*(np.mean([columns[c][s] for s in seeds]) for c in ("accuracy", "new")))
 
 
 def table(folder):
@@ -84,6 +89,10 @@ def pictures(folder):
     names = sorted({dataset_name(result["config"]["dataset"]) for result, _ in runs})
     for name in names:
         own = [run for run in runs if dataset_name(run[0]["config"]["dataset"]) == name]
+        # Pictures compare like with like: the CLIP and the templates that most runs have.
+        kinds = [(r["config"]["clip"], r["config"]["groups"]) for r, _ in own]
+        (clip, groups), _ = Counter(kinds).most_common(1)[0]
+        own = [run for run, kind in zip(own, kinds) if kind in ((clip, groups), (clip, "auto"))]
         mixtures = [r for r, _ in own if method_label(r["config"]) == "mocoop"]
         mixtures = [r for r in mixtures if r["classes"] == "all"]
         most = max((r["shots"] for r in mixtures), default=0)
@@ -151,7 +160,10 @@ def usage_picture(results):
     """The share of each prompt in training, epoch by epoch, the mean over seeds."""
     if not results:
         return None
-    share = np.mean([r["prompt_usage_by_epoch"] for r in results], axis=0)  # (epochs, G)
+    share = [r["prompt_usage_by_epoch"] for r in results if "prompt_usage_by_epoch" in r]
+    if not share:
+        return None
+    share = np.mean(share, axis=0)  # (epochs, G)
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     epochs = range(1, len(share) + 1)
     every = max(1, len(share) // 10)
@@ -169,7 +181,7 @@ def ablation_picture(runs):
     H from base to new where it was measured."""
     rows = defaultdict(dict)  # flags -> panel -> (mean, std)
     table_rows = accuracies(runs)
-    most = max(shots for _, _, _, shots, _, _ in table_rows)
+    most = max((key[3] for key in table_rows if key[4] == "mocoop"), default=0)
     for (_, classes, _, shots, method, _), row in table_rows.items():
         name, _, flags = method.partition("-")
         if name != "mocoop" or shots != most or flags.startswith("lr"):
@@ -181,7 +193,7 @@ def ablation_picture(runs):
             seeds = row["accuracy"].keys() & row["new"].keys()
             each = [harmonic_mean(row["accuracy"][s], row["new"][s]) for s in seeds]
             rows[flags]["H, base to new (%)"] = mean_h(row), np.std(each)
-    if len(rows) < 2:
+    if len(rows) < 2 or "" not in rows:
         return None
     panels = sorted({panel for row in rows.values() for panel in row})
     height = 1.4 + 0.3 * len(rows)

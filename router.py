@@ -25,7 +25,8 @@ class Router(nn.Module):
 
     def __init__(self, width, n_prompts, top_k, kind="trained"):
         super().__init__()
-        self.n_prompts, self.top_k = n_prompts, top_k
+        self.n_prompts = n_prompts
+        self.top_k = n_prompts if kind == "uniform" else top_k
         self.gate = None
         if kind != "uniform":
             self.gate = nn.Linear(width, n_prompts).requires_grad_(kind == "trained")

@@ -32,8 +32,10 @@ STATE = {
 ELSEWHERE = ("chunk", "data", "device", "out")  # flags that do not change what a run is
 
 
-def open_run(folder, config, resume):
+def open_run(folder, config, resume, defaults):
     """The state that a run in `folder` left behind to go on from, or None for a fresh start.
+
+    defaults: of the method's flags, for runs made before there was a flag.
 
     Raises BadInput if the folder holds the run of another configuration or other files, or
     cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
@@ -50,16 +52,20 @@ def open_run(folder, config, resume):
         raise BadInput(f"{folder} holds {foreign[0]}, which is no run's: name another --out")
     state, there = None, config
     if stopped:
-        state = read_torch_file(folder / "resume.pt", "state to resume from")
+        try:
+            state = read_torch_file(folder / "resume.pt", "state to resume from")
+        except BadInput as error:
+            raise BadInput(f"{error}: remove it") from error
         if not state.keys() >= STATE or not isinstance(state["config"], dict):
             raise BadInput(f"{folder / 'resume.pt'} is not a state to resume from: remove it")
         there = state["config"]
     elif finished:
         there = read_result(folder / "result.json")["config"]
     for flag in config:
-        if flag not in ELSEWHERE and there.get(flag) != config[flag]:
+        its_own = there.get(flag, defaults.get(flag))
+        if flag not in ELSEWHERE and its_own != config[flag]:
             raise BadInput(
-                f"{folder} holds a run with {flag} {there.get(flag)} instead of {config[flag]}:"
+                f"{folder} holds a run with {flag} {its_own} instead of {config[flag]}:"
                 " remove it or name another --out"
             )
     if not resume:
@@ -81,8 +87,10 @@ def read_result(path):
         result = json.loads(path.read_text(encoding="utf-8"))
         numbers = [result[key] for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy")]
         names = [result[key] for key in ("dataset", "classes", "n_prompts", "n_train")]
-        flags = [result["config"][key] for key in ("dataset", "classes", "shots", "seed", "method")]
-        complete = None not in (*numbers, *names, *flags)
+        flags = "dataset", "classes", "shots", "seed", "method", "clip", "groups"
+        flags = [result["config"][key] for key in flags]
+        parts = isinstance(result["router"], dict) and isinstance(result["prompt_usage"], dict)
+        complete = None not in (*numbers, *names, *flags) and parts
     except (ValueError, KeyError, TypeError, RecursionError):
         complete = False
     if not complete:
@@ -108,10 +116,11 @@ def discard(folder):
 def publish(folder, checkpoint, result):
     """Puts the files of a finished run in `folder`, in place of an earlier run's.
 
-    All are written under temporary names first; `result.json` is renamed last, and `resume.pt`
-    goes when everything is there: a run killed in between can still be resumed.
+    All are written under temporary names first and then renamed, and `resume.pt` goes when
+    everything is there: a run killed in between can still be resumed.
     """
-    save_torch(checkpoint, folder / "checkpoint.pt")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "checkpoint.tmp")
     if result["n_prompts"]:
         plots.router_picture(result, folder / "router.tmp")
     (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -120,12 +129,17 @@ def publish(folder, checkpoint, result):
             stale.unlink()  # of the checkpoint that stood here before
     if result["n_prompts"]:
         (folder / "router.tmp").replace(folder / "router.png")
+    # A folder with a result is a run's, whatever else there is, so that one comes first.
     (folder / "result.tmp").replace(folder / "result.json")
-    (folder / "resume.pt").unlink(missing_ok=True)
+    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
+    for file in (folder / "resume.pt", *folder.glob("*.tmp")):
+        file.unlink(missing_ok=True)
 
 
 def find_runs(folder):
     """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries."""
+    if not Path(folder).is_dir():
+        raise BadInput(f"there is no folder {folder}")
     runs = []
     for file in sorted(Path(folder).rglob("result.json")):
         evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]

@@ -188,6 +188,10 @@ def choose_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):  # one each for the processes of torchrun
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        elif device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BadInput("torchrun gives each process a GPU of its own: --device cuda, no number")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"no device {name!r}: {str(error).splitlines()[0]}") from error
@@ -207,17 +211,29 @@ def resolve(args):
     config["dataset"] = full_dataset(config["dataset"])
     defaults = preset(config)
     for flag in MOCOOP.keys() - METHODS[config["method"]].keys():
-        if config[flag] not in (None, False):
-            raise BadInput(f"--method {config['method']} has no --{flag.replace('_', '-')}")
+        if config[flag] is not None:
+            flag = flag.replace("_", "-")
+            raise BadInput(f"--method {config['method']} has no --{flag}: leave it out")
         config[flag] = None
     config |= {flag: value for flag, value in defaults.items() if config.get(flag) is None}
     if config["init"] not in ("template", "random", None):
-        check_template(config["init"])
+        try:
+            check_template(config["init"])
+        except BadInput as error:
+            raise BadInput(f"--init: {error}; or template, or random") from error
     auto = config["groups"] == "auto"
-    if config["n_groups"] and not auto or auto and config["one_group"]:
-        raise BadInput("--n-groups goes with --groups auto, and --one-group does not")
+    if config["n_groups"] and not auto:
+        raise BadInput("--n-groups goes with --groups auto")
+    if auto and config["classifier"] != "prompts":
+        raise BadInput(f"--method {config['method']} has no prompts, so no use for --groups auto")
+    if auto and config["one_group"]:
+        whose = "--one-group" if args.one_group else f"--method {config['method']}"
+        raise BadInput(f"--groups auto makes several groups, and {whose} has one")
     named = config["groups"] in ("published", "auto")
     groups = template_groups(config["dataset"]) if named else read_groups(config["groups"])
+    for flag, needed in unused_flags(config).items():
+        if getattr(args, flag) is not None:
+            raise BadInput(f"--{flag.replace('_', '-')} means nothing without {needed}")
     if config["one_group"]:
         groups = [[template for group in groups for template in group]]
     if not auto:
@@ -225,11 +241,27 @@ def resolve(args):
     if config["out"] is None:
         label = method_label(config)
         run = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
+        if len(os.fsencode(run)) > 200:
+            raise BadInput(f"{run[:40]}... is too long for a folder's name: name one with --out")
         config["out"] = str(Path("out", dataset_name(config["dataset"]), run))
     folder = Path(config["out"])
     if Path(config["dataset"]).is_absolute() and folder.resolve().is_relative_to(config["dataset"]):
         raise BadInput(f"{folder} lies in the dataset itself: name another --out")
     return config, groups, folder, resume
+
+
+def unused_flags(config):
+    """The flags that nothing reads beside the others: {flag: what it would need}."""
+    unused = {}
+    if config["router"] == "uniform":
+        unused["top_k"] = "a router that chooses"
+    if config["router"] in ("frozen", "uniform"):
+        unused["gate_weight"] = "--router trained"
+    if config["text_weight"] == 0:
+        unused |= dict.fromkeys(("text_scale", "text_target"), "a --text-weight")
+    if config["tune_visual_ln"]:
+        unused["views"] = "cached features: --tune-visual-ln crops anew in every epoch"
+    return unused
 
 
 def check_top_k(top_k, groups):
@@ -238,7 +270,9 @@ def check_top_k(top_k, groups):
 
 
 def preset(config):
-    """What the method's flags are if nobody sets them."""
+    """What the method's flags are if nobody sets them. Raises BadInput for an unknown method."""
+    if config["method"] not in METHODS:
+        raise BadInput(f"a run of the method {config['method']!r}, which train.METHODS lacks")
     row = METHODS[config["method"]] | {"clip": CLIP.get(config["dataset"], DEFAULT_CLIP)}
     if "epochs" in row:
         row["lr"] *= (config["batch_size"] or row["batch_size"]) / row["batch_size"]
@@ -257,7 +291,9 @@ def method_label(config):
 
 def _slug(value):
     """A flag's value as part of a folder name."""
-    text = Path(value).stem if isinstance(value, str) and Path(value).is_file() else str(value)
+    text = str(value)
+    if len(text) < 200 and Path(text).is_file():
+        text = Path(text).stem
     return re.sub(r"[^\w.]+", "-", text)
 
 
@@ -360,7 +396,7 @@ def fit(clip_model, model, config, groups, hard, trained, features, labels, save
             # Without the text loss nobody reads the prompts that no image of the batch selected.
             only = None if config["text_weight"] else weights.any(dim=0)
             with torch.autocast("cuda", mixed, enabled=on_gpu):  # once, for both losses
-                text_features = model.text_features(clip_model, f, only, config["chunk"])
+                text_features = model.text_features(clip_model, f, only)
             logits = mixed_logits(f, text_features[..., trained, :], weights, model.logit_scale)
             image = image_loss(logits, y)
             gate = text = torch.zeros_like(image)
@@ -413,7 +449,7 @@ def train(config, groups, folder, resume):
     """One run, from flags to files."""
     device = choose_device(config["device"])
     parallel.start(device)
-    state = open_run(folder, config, resume)
+    state = open_run(folder, config, resume, preset(config))
     complete = parallel.first(lambda: load_split(config["dataset"], config["data"]))
     if not complete.train:
         where = f" in {complete.folder}" if config["dataset"] == "imagenet" else ""
@@ -423,6 +459,8 @@ def train(config, groups, folder, resume):
         )
     sample = few_shot(complete, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
+    if config["classifier"] == "linear" and not split.val:
+        raise BadInput("--method linear chooses its strength on val images: there are none")
     clip_model, fingerprint = parallel.first(lambda: load_clip(config["clip"], device))
 
     names, trained = split.class_names, slice(None)  # trained: which of the names have images
@@ -431,13 +469,14 @@ def train(config, groups, folder, resume):
         with_images = class_range(len(names), config["classes"])
         trained = slice(with_images.start, with_images.stop)
     templates = [template for group in groups for template in group]
-    hard = template_features(clip_model, templates, names)  # (T, C, D)
-    if config["groups"] == "auto" and config["classifier"] == "prompts":
+    hard = template_features(clip_model, templates, names, config["chunk"])  # (T, C, D)
+    if config["groups"] == "auto":
         if config["n_groups"] > len(templates):
             n = len(templates)
             raise BadInput(f"--n-groups {config['n_groups']} is above the number of templates, {n}")
         groups = group_templates(templates, hard, config["n_groups"])
-        check_top_k(config["top_k"], groups)
+        if config["top_k"] != MOCOOP["top_k"]:
+            check_top_k(config["top_k"], groups)
         order = [templates.index(template) for group in groups for template in group]
         templates, hard = [templates[i] for i in order], hard[order]
         print("groups found: " + " | ".join(", ".join(group) for group in groups))
@@ -473,11 +512,10 @@ def train(config, groups, folder, resume):
     live = bool(config["tune_visual_ln"])
     test = encode(split.test, "test images")
     val = encode(split.val, "val images") if split.val else None
+    probes = clip_as_it_is(clip_model, split.dataset, split.class_names, hard[:, trained])
     baselines = {
         name: measure(clip_model, probe, split, split.test, test)[0]["accuracy"]
-        for name, probe in clip_as_it_is(
-            clip_model, split.dataset, split.class_names, hard[:, trained]
-        ).items()
+        for name, probe in probes.items()
     }
     print(
         f"before training: zero-shot {baselines['zeroshot']:.2f} %,"
@@ -488,7 +526,7 @@ def train(config, groups, folder, resume):
         if parallel.rank() == 0:
             save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
 
-    seconds, shares, start = 0.0, [], time.time()
+    seconds, shares = 0.0, []
     if config["classifier"] == "prompts":
         if live:
 
@@ -515,16 +553,14 @@ def train(config, groups, folder, resume):
             test = encode(split.test, "test images", cached=False)
             val = encode(split.val, "val images", cached=False) if split.val else None
     elif config["classifier"] == "linear":
-        if not split.val:
-            raise BadInput("--method linear chooses its strength on val images: there are none")
         features = encode(split.train, "training images")
+        start = time.time()
         n_classes, own = len(split.class_names), (labels_of(split.train), labels_of(split.val))
         weight, bias, strength = linear_probe(features, own[0], val, own[1], n_classes)
         model = Probe(split.class_names, weight, bias)
         seconds = time.time() - start
         print(f"L2 strength chosen on val images: C = {strength:.3g}")
     else:
-        probes = clip_as_it_is(clip_model, split.dataset, split.class_names, hard[:, trained])
         model = probes[config["classifier"]]
 
     val_accuracy = None
@@ -557,7 +593,8 @@ def train(config, groups, folder, resume):
         f"after training:  {config['method']} {measured['accuracy']:.2f} %"
         f" on {len(split.test):,} test images, {seconds:.1f} s of training"
     )
-    print(f"saved in {folder}: checkpoint.pt, result.json, router.png")
+    picture = ", router.png" if result["n_prompts"] else ""
+    print(f"saved in {folder}: checkpoint.pt, result.json{picture}")
     parallel.stop()
 
 

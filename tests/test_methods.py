@@ -163,6 +163,14 @@ def test_the_number_of_epochs_follows_the_shots_in_coop():
     assert config_of("--method", "coop", "--shots", 16, "--dataset", "imagenet")["epochs"] == 50
 
 
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_has_settings_for_every_dataset(method):
+    for dataset in train.DATASETS:
+        config = config_of("--method", method, "--dataset", dataset)
+        folder = f"out/{dataset}/{method}_16shot_all_seed1"
+        assert config["out"] == folder and not isinstance(config.get("epochs"), dict)
+
+
 def test_cocoop_with_its_network_at_zero_is_coop(random_clip):
     config = config_of("--method", "cocoop")
     model = MoCoOp(random_clip, [["a photo of a {}."]], config)
@@ -315,7 +323,13 @@ def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip):
         ("--method zeroshot --text-bias", "--method zeroshot has no --text-bias"),
         ("--init photo", "the template 'photo' needs one {}"),
         ("--n-groups 3", "--n-groups goes with --groups auto"),
-        ("--groups auto --one-group", "--one-group does not"),
+        ("--groups auto --one-group", "several groups, and --one-group has one"),
+        ("--groups auto --method lasp", "several groups, and --method lasp has one"),
+        ("--method zeroshot --text-weight 0", "--method zeroshot has no --text-weight"),
+        ("--router uniform --top-k 1", "--top-k means nothing without a router that chooses"),
+        ("--router frozen --gate-weight 2", "--gate-weight means nothing without --router trained"),
+        ("--method coop --text-scale 9", "--text-scale means nothing without a --text-weight"),
+        ("--tune-visual-ln --views 3", "--views means nothing without cached features"),
         ("--one-group --top-k 2", "--top-k 2 is above the number of prompts, 1"),
         ("--groups auto --n-groups 3 --top-k 4", "--top-k 4 is above the number of prompts, 3"),
         ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 20"),
@@ -347,6 +361,8 @@ def test_silhouette_by_hand():
 def test_groups_are_found_where_there_are_some(run_train, tmp_path):
     result = run_train("--shots 1 --epochs 1 --groups auto --n-groups 3")
     assert result["n_prompts"] == 3
+    one = run_train("--shots 1 --epochs 1 --groups auto --n-groups 1 --out", tmp_path / "one")
+    assert one["n_prompts"] == one["top_k"] == 1
     run_train("--shots 1 --epochs 1 --groups auto --out", tmp_path / "free")
     found = torch.load(tmp_path / "free/checkpoint.pt", weights_only=True)["groups"]
     assert sorted(map(sorted, found)) == sorted(map(sorted, template_groups("shapes")))
@@ -402,9 +418,14 @@ def test_curves_and_ablations_are_means_over_seeds(run_train, tmp_path):
         result_like(
             result, tmp_path / f"out/k{seed}", shots=16, accuracy=accuracy - 5, config=config
         )
+    config = {**preset, "shots": 32, "method": "ensemble", "classifier": "ensemble"}
+    result_like(result, tmp_path / "out/ensemble", shots=32, accuracy=1.0, config=config)
+    config = {**preset, "clip": "RN50"}
+    result_like(result, tmp_path / "out/other", shots=16, zero_shot_accuracy=2.0, config=config)
     drawn = report.pictures(tmp_path / "out")
     assert drawn == ["few_shot.png", "router.png", "usage.png", "ablation.png"]
     rows = report.accuracies(report.find_runs(tmp_path / "out"))
+    rows = {key: row for key, row in rows.items() if key[2] == "bundled"}
     values = {key[3:5]: row["accuracy"] for key, row in rows.items() if key[3]}
     assert values[16, "mocoop"] == {1: 80.0, 2: 82.0}
     assert values[16, "mocoop-top_k1"] == {1: 75.0, 2: 77.0}
