@@ -176,8 +176,8 @@ def run():
         drawn = report.pictures(args.plots)
         if not drawn:
             raise BadInput(
-                f"nothing to draw below {args.plots}: curves need a method's own settings at several"
-                " numbers of shots, maps and bars a plain run of mocoop"
+                f"nothing to draw below {args.plots}: curves need a method's own settings at"
+                " several numbers of shots, maps and bars a plain run of mocoop"
             )
         print(f"saved in {args.plots}: {', '.join(drawn)}")
     elif args.words:
