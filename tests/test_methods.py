@@ -1,6 +1,5 @@
 """The rows of `train.METHODS`, each against something other than itself, and the ablation flags."""
 
-import json
 import math
 
 import pytest
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 
 import eval
 import grouping
-import report
 import train
 from backbone import BadInput
 from model import MoCoOp
@@ -368,7 +366,7 @@ def test_groups_are_found_where_there_are_some(run_train, tmp_path):
     assert sorted(map(sorted, found)) == sorted(map(sorted, template_groups("shapes")))
 
 
-# ------------------------------------------------------------------------------ words and pictures
+# ------------------------------------------------------------------------------------- words
 
 
 def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_path):
@@ -385,47 +383,3 @@ def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_pat
     run_train("--method zeroshot --shots 1 --out", tmp_path / "none")
     with pytest.raises(BadInput, match="it has no prompts"):
         eval.words(tmp_path / "none")
-
-
-def test_pictures_are_drawn_from_runs_on_disk(run_train, tmp_path):
-    folder = tmp_path / "out"
-    with pytest.raises(BadInput, match="no finished run"):
-        report.pictures(folder)
-    run_train("--shots 1 --epochs 1 --out", folder / "a")
-    assert report.pictures(folder) == []  # not with the method's own number of epochs
-
-
-def result_like(result, folder, **changes):
-    config = {**result["config"], **changes.pop("config", {})}
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({**result, **changes, "config": config}))
-
-
-def test_curves_and_ablations_are_means_over_seeds(run_train, tmp_path):
-    result = run_train("--shots 1 --epochs 1")
-    preset = {"epochs": 50, "shots": 16}
-    for seed, accuracy in ((1, 80.0), (2, 82.0)):
-        for shots in (8, 16):
-            config = {**preset, "seed": seed, "shots": shots}
-            result_like(
-                result,
-                tmp_path / f"out/{seed}{shots}",
-                shots=shots,
-                accuracy=accuracy,
-                config=config,
-            )
-        config = {**preset, "seed": seed, "top_k": 1}
-        result_like(
-            result, tmp_path / f"out/k{seed}", shots=16, accuracy=accuracy - 5, config=config
-        )
-    config = {**preset, "shots": 32, "method": "ensemble", "classifier": "ensemble"}
-    result_like(result, tmp_path / "out/ensemble", shots=32, accuracy=1.0, config=config)
-    config = {**preset, "clip": "RN50"}
-    result_like(result, tmp_path / "out/other", shots=16, zero_shot_accuracy=2.0, config=config)
-    drawn = report.pictures(tmp_path / "out")
-    assert drawn == ["few_shot.png", "router.png", "usage.png", "ablation.png"]
-    rows = report.accuracies(report.find_runs(tmp_path / "out"))
-    rows = {key: row for key, row in rows.items() if key[2] == "bundled"}
-    values = {key[3:5]: row["accuracy"] for key, row in rows.items() if key[3]}
-    assert values[16, "mocoop"] == {1: 80.0, 2: 82.0}
-    assert values[16, "mocoop-top_k1"] == {1: 75.0, 2: 77.0}
