@@ -33,7 +33,12 @@ def accuracies(runs):
         task = dataset_name(config["dataset"]), config["classes"], config["clip"]
         for key, *row in [
             ("zero_shot_accuracy", 0, "zero-shot", ""),
-            ("ensemble_accuracy", 0, "ensemble", str(config["groups"])),
+            (
+                "ensemble_accuracy",
+                0,
+                "ensemble",
+                str(config["groups"]).replace("auto", "published"),
+            ),
             ("accuracy", config["shots"], method_label(config), json.dumps(but_seed)),
         ]:
             if flags["classifier"] in BASELINES and key == "accuracy":

@@ -2,9 +2,9 @@
 
     python reproduce.py              # half an hour on two cores; what is there already is skipped
 
-Runs go to out/shapes; then `python eval.py --table out/shapes` and `--plots out/shapes` are
-called. Settings are the authors' own. The last part tries learning rates, as often for each method,
-to be compared by their accuracy on validation images.
+Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are
+the authors' own. The last runs try other learning rates, as many for each method, to be compared by
+their accuracy on validation images.
 """
 
 import contextlib
@@ -13,14 +13,17 @@ import json
 import multiprocessing
 import os
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import eval
 import report
 import train
+from runs import find_runs
 
 SEEDS = 1, 2, 3, 4, 5
 SHOTS = 1, 2, 4, 8, 16
@@ -75,6 +78,25 @@ def run(flags, targets):
     return f"{result['accuracy']:6.2f} %  {time.time() - start:4.0f} s  {flags}"
 
 
+def rates(folder):
+    """Learning rates by method, in Markdown: the mean accuracy on validation images, which is what
+    to choose by, and on test images."""
+    found = defaultdict(list)
+    for result, _ in find_runs(folder):
+        config = result["config"]
+        usual = train.method_label(config | {"lr": train.preset(config).get("lr")})
+        learns = config["classifier"] == "prompts" and usual == config["method"]
+        if learns and (config["shots"], config["classes"]) == (16, "all"):
+            found[config["method"], config["lr"]].append(
+                (result["val_accuracy"], result["accuracy"])
+            )
+    lines = ["| method | lr | seeds | val | test |", "|---|---|---|---|---|"]
+    for (method, lr), pairs in sorted(found.items()):
+        val, test = (f"{np.mean(a):.1f} ± {np.std(a):.1f}" for a in zip(*pairs))
+        lines.append(f"| {method} | {lr:.3g} | {len(pairs)} | {val} | {test} |")
+    return "\n".join(lines)
+
+
 def main():
     n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     todo = list(jobs())
@@ -85,8 +107,9 @@ def main():
         for i, job in enumerate(as_completed(done), 1):
             print(f"{i:3d}/{len(todo)}  {job.result()}", flush=True)
     folder = Path("out", "shapes")
-    (folder / "table.md").write_text(report.table(folder) + "\n", encoding="utf-8")
-    print(f"saved {folder / 'table.md'}, and in {folder}: {', '.join(report.pictures(folder))}")
+    tables = f"{report.table(folder)}\n\n{rates(folder)}\n"
+    (folder / "tables.md").write_text(tables, encoding="utf-8")
+    print(f"saved in {folder}: tables.md, {', '.join(report.pictures(folder))}")
 
 
 if __name__ == "__main__":
