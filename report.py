@@ -8,7 +8,7 @@ import numpy as np
 from data import dataset_name
 from plots import heat_map, plt
 from runs import ELSEWHERE, find_runs
-from train import METHODS, method_label, preset
+from train import METHODS, changed_flags, method_label, preset
 
 BASELINES = "zeroshot", "ensemble"
 STYLES = [(marker, line) for line in ("-", "--", ":") for marker in "osv^Dx"]  # without colours
@@ -187,10 +187,13 @@ def ablation_picture(runs):
     rows = defaultdict(dict)  # flags -> panel -> (mean, std)
     table_rows = accuracies(runs)
     most = max((key[3] for key in table_rows if key[4] == "mocoop"), default=0)
-    for (_, classes, _, shots, method, _), row in table_rows.items():
-        name, _, flags = method.partition("-")
-        if name != "mocoop" or shots != most or flags.startswith("lr"):
+    for (_, classes, _, shots, method, flags), row in table_rows.items():
+        if shots != most or method.split("-")[0] != "mocoop":
             continue
+        changed = changed_flags(json.loads(flags))
+        if "lr" in changed:
+            continue
+        flags = ", ".join(k if v is True else f"{k} {v}" for k, v in changed.items())
         values = list(row["accuracy"].values())
         if classes == "all":
             rows[flags]["accuracy, all classes (%)"] = np.mean(values), np.std(values)
@@ -207,7 +210,7 @@ def ablation_picture(runs):
         layout="constrained",
     )  # fmt: skip
     flags = sorted(rows, key=lambda f: (f != "", f), reverse=True)
-    labels = [f.replace("-", ", ").replace("_", " ") or "MoCoOp" for f in flags]
+    labels = [f.replace("_", " ") or "MoCoOp" for f in flags]
     for axes, panel in zip(grid[0], panels):
         means, stds = np.array([rows[f].get(panel, (np.nan, 0)) for f in flags]).T
         colours = ["0.35" if f == "" else "0.75" for f in flags]

@@ -282,10 +282,14 @@ def preset(config):
     return row
 
 
+def changed_flags(config):
+    """{flag: value} of those that differ from the method's preset."""
+    return {k: config[k] for k, v in sorted(preset(config).items()) if config.get(k, v) != v}
+
+
 def method_label(config):
     """The method with every flag that differs from its preset: `mocoop-top_k1`."""
-    changed = {k: config[k] for k, v in preset(config).items() if config.get(k, v) != v}
-    parts = [f"{k}{_slug(v)}" if v is not True else k for k, v in sorted(changed.items())]
+    parts = [f"{k}{_slug(v)}" if v is not True else k for k, v in changed_flags(config).items()]
     return "-".join([config["method"], *parts])
 
 
