@@ -257,17 +257,18 @@ def test_gradients_are_clipped_at_the_given_norm_or_not_at_all(run_train, monkey
 
 
 def test_the_mixture_may_have_cocoops_network(run_train, tmp_path):
-    result = run_train("--shots 1 --epochs 2 --conditional --batch-size 4 --chunk 50")
-    assert result["n_prompts"] == 8
+    groups = "--groups auto --n-groups 2 --classes base"
+    result = run_train(f"--shots 1 --epochs 1 --conditional --batch-size 4 {groups}")
+    assert result["n_prompts"] == 2
     assert learned(tmp_path / "run")["shift.0.weight"].shape == (8, 128)
     assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
 
 
 def test_tuned_layer_norms_are_part_of_the_run(run_train, tmp_path, cache, monkeypatch):
-    run_train("--shots 1 --epochs 1")  # whatever is to be cached is
+    run_train("--shots 1 --epochs 1 --classes base")  # whatever is to be cached is
     before = sorted(cache.rglob("*"))
     save = train.save_torch
-    flags = "--shots 1 --epochs 3 --tune-visual-ln --out"
+    flags = "--shots 1 --epochs 3 --classes base --tune-visual-ln --out"
     whole = run_train(flags, tmp_path / "whole")
 
     def save_and_die(content, path):
