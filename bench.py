@@ -7,7 +7,8 @@
 Every table compares ways to do the same step in one process, in turn, so that a busy machine slows
 all of them alike; times are medians. CLIP is a ViT-B/16 of random weights, except for `shapes`:
 speed does not depend on them. The class names of `ucf101` and `imagenet` are made up, as long as
-UCF101's real ones. Peak memory is that of a fresh process a row, above the loaded model.
+UCF101's real ones. Peak memory is that of a fresh process a row, above the loaded model. `growth`
+draws assets/cost.png.
 """
 
 import collections
@@ -140,9 +141,9 @@ class Setting:
         to_eot = int(self.eot.max()) + 1
         n, rows = len(self.eot), self.model.prompts.rows.token
 
-        def plain(encode, length, **step):
+        def plain(encode, length, **options):
             text = partial(self.one_a_row, encode, length)
-            return partial(self.step, lambda weights: text(), **step), n * length
+            return partial(self.step, lambda weights: text(), **options), n * length
 
         return {
             "straightforward": plain(clips_own, self.clip.context_length, live=True),
@@ -271,7 +272,7 @@ def steps_table(size, repeats, device):
     """Every way to do the step of one size, each with one more idea than the last."""
     setting = Setting(size, device)
     ways = setting.ways()
-    if size == "ucf101":  # 606 sentences at 77 positions would take 20 GB
+    if size == "ucf101":  # 606 sentences at 77 positions would take 25 GB
         del ways["straightforward"], ways["images encoded once"]
     if size == "eurosat":
         coop = Setting(size, device, groups=[["a photo of a {}."]])

@@ -49,8 +49,8 @@ class Rows:
         return len(self.prompt)
 
     def repeat(self, n, n_tokens, n_sentences):
-        """The rows n times; the i-th time their tokens are n_tokens further down the table for each
-        time before, and their sentences count on by n_sentences."""
+        """n copies: copy i points i * n_tokens further into the table, and numbers its sentences
+        from i * n_sentences on."""
         rows = self[torch.arange(len(self)).repeat(n)]
         time = torch.arange(n, device=rows.token.device).repeat_interleave(len(self))[:, None]
         rows.token += time * n_tokens
@@ -110,7 +110,8 @@ def _deal(sizes, room):
 
 
 def encode_text(model, embeddings, eot):
-    """CLIP's text encoder on one sentence a row, from token embeddings to features.
+    """CLIP's text encoder on one sentence a row, from token embeddings to features: the plain way,
+    for sentences that share nothing (`shapes.py` trains its CLIP with it), and to compare with.
 
     It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
     batch can change the result, and those positions are not computed.

@@ -31,7 +31,7 @@ def text_loss(text_features, prototypes, scale=1.0):
     100.
 
     When training sees base classes only, C is still *all* class names: names cost no images, and
-    this is what keeps the new classes in place. text_features and prototypes (G, C, D).
+    this is meant to keep the new classes in place. text_features and prototypes (G, C, D).
     """
     logits = scale * text_features @ prototypes.transpose(1, 2)  # (G, C soft, C hard)
     n_prompts, n_classes, _ = logits.shape

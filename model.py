@@ -53,7 +53,7 @@ class MoCoOp(nn.Module):
     def text_features(self, clip_model, image_features=None, only=None):
         """(G, C, D) of the classes that `prompts.set_classes` was given last; (B, G, C, D) if the
         context depends on the image. only: (G,) bool, the prompts that will be read."""
-        shift = self.shift and self.shift(image_features)
+        shift = None if self.shift is None else self.shift(image_features)
         return self.prompts.text_features(clip_model, self.text_bias, shift, only, self.chunk)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbone import BadInput
-from encoder import CHUNK, encode_sentences, pack
+from encoder import CHUNK, encode_sentences, pack  # how the encoder is fast: a file of its own
 
 # ---------------------------------------------------------------------------------- templates
 # The published groups (arXiv 2409.12011 and its code). The first template of a group starts its

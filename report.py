@@ -2,16 +2,17 @@
 
 import json
 from collections import Counter, defaultdict
+from itertools import cycle
 
 import numpy as np
 
 from data import dataset_name
 from plots import heat_map, plt
-from runs import ELSEWHERE, find_runs
+from runs import NOT_PART_OF_A_RUN, find_runs
 from train import METHODS, changed_flags, method_label, preset
 
 BASELINES = "zeroshot", "ensemble"
-STYLES = [(marker, line) for line in ("-", "--", ":") for marker in "osv^Dx"]  # without colours
+LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # told apart without colour
 
 
 def harmonic_mean(base, new):
@@ -29,16 +30,13 @@ def accuracies(runs):
     for result, evaluations in runs:
         config = result["config"]
         flags = preset(config) | config  # runs made before there was a flag have its default
-        but_seed = {k: flags[k] for k in sorted(flags) if k not in (*ELSEWHERE, "seed")}
+        but_seed = {k: flags[k] for k in sorted(flags) if k not in (*NOT_PART_OF_A_RUN, "seed")}
         task = dataset_name(config["dataset"]), config["classes"], config["clip"]
+        # The ensemble is the same however its templates are grouped.
+        templates = "published" if config["groups"] == "auto" else config["groups"]
         for key, *row in [
             ("zero_shot_accuracy", 0, "zero-shot", ""),
-            (
-                "ensemble_accuracy",
-                0,
-                "ensemble",
-                str(config["groups"]).replace("auto", "published"),
-            ),
+            ("ensemble_accuracy", 0, "ensemble", templates),
             ("accuracy", config["shots"], method_label(config), json.dumps(but_seed)),
         ]:
             if flags["classifier"] in BASELINES and key == "accuracy":
@@ -126,7 +124,7 @@ def few_shot_picture(runs):
     if not any(len(line) > 1 for line in lines.values()):
         return None
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for (method, line), (marker, style) in zip(sorted(lines.items()), STYLES):
+    for (method, line), (marker, style) in zip(sorted(lines.items()), LINES):
         if 0 in line:  # CLIP as it is needs no shots
             axes.axhline(np.mean(line[0]), color="grey", ls=style, lw=1, label=method)
             continue
@@ -173,7 +171,7 @@ def usage_picture(results):
     epochs = range(1, len(share) + 1)
     every = max(1, len(share) // 10)
     prompts = results[0]["prompt_usage"]
-    for template, line, (marker, style) in zip(prompts, 100 * share.T, STYLES * 9):
+    for template, line, (marker, style) in zip(prompts, 100 * share.T, cycle(LINES)):
         axes.plot(epochs, line, marker=marker, ls=style, markevery=every, label=template)
     axes.set(xlabel="epoch", ylabel="share of the router's weight (%)", ylim=(0, None))
     axes.set_title(f"{results[0]['dataset']}, {_seeds(results)}", loc="left", fontsize=10)

@@ -1,6 +1,6 @@
 """Every table and picture of the README's numbers on the embedded world.
 
-    python reproduce.py              # half an hour on two cores; what is there already is skipped
+    python reproduce.py              # within an hour on two cores; what is there already is skipped
 
 Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are
 the authors' own. The last runs try other learning rates, as many for each method, to be compared by
@@ -78,22 +78,26 @@ def run(flags, targets):
     return f"{result['accuracy']:6.2f} %  {time.time() - start:4.0f} s  {flags}"
 
 
-def rates(folder):
-    """Learning rates by method, in Markdown: the mean accuracy on validation images, which is what
-    to choose by, and on test images."""
+def by_validation(folder):
+    """All prompt methods and settings at 16 shots, in Markdown: the mean accuracy on validation
+    images, which is what to choose by, and on test images; and how much of a style's weight goes
+    to its own prompt, where there is one a style."""
     found = defaultdict(list)
-    for result, _ in find_runs(folder):
+    for result, evaluations in find_runs(folder):
         config = result["config"]
-        usual = train.method_label(config | {"lr": train.preset(config).get("lr")})
-        learns = config["classifier"] == "prompts" and usual == config["method"]
-        if learns and (config["shots"], config["classes"]) == (16, "all"):
-            found[config["method"], config["lr"]].append(
-                (result["val_accuracy"], result["accuracy"])
-            )
-    lines = ["| method | lr | seeds | val | test |", "|---|---|---|---|---|"]
-    for (method, lr), pairs in sorted(found.items()):
-        val, test = (f"{np.mean(a):.1f} ± {np.std(a):.1f}" for a in zip(*pairs))
-        lines.append(f"| {method} | {lr:.3g} | {len(pairs)} | {val} | {test} |")
+        if config["classifier"] != "prompts" or config["shots"] not in (4, 16):
+            continue
+        new = [e["accuracy"] for e in evaluations if e["classes"] == "new"]
+        share = np.array(result["router"]["share"])
+        own = [100 * np.trace(share) / len(share)] if share.shape[0] == share.shape[1] else []
+        key = config["classes"], config["shots"], train.method_label(config)
+        found[key].append((result["val_accuracy"], result["accuracy"], new, own))
+    lines = ["| classes | shots | method | seeds | val | test | new | own prompt's share |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for key, runs in sorted(found.items()):
+        columns = [np.hstack(column) for column in zip(*runs)]
+        cells = [f"{c.mean():.1f} ± {c.std():.1f}" if len(c) else "" for c in columns]
+        lines.append("| " + " | ".join(map(str, (*key, len(runs), *cells))) + " |")
     return "\n".join(lines)
 
 
@@ -107,7 +111,7 @@ def main():
         for i, job in enumerate(as_completed(done), 1):
             print(f"{i:3d}/{len(todo)}  {job.result()}", flush=True)
     folder = Path("out", "shapes")
-    tables = f"{report.table(folder)}\n\n{rates(folder)}\n"
+    tables = f"{report.table(folder)}\n\n{by_validation(folder)}\n"
     (folder / "tables.md").write_text(tables, encoding="utf-8")
     print(f"saved in {folder}: tables.md, {', '.join(report.pictures(folder))}")
 

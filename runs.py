@@ -29,7 +29,7 @@ STATE = {
     "seconds",
     "shares",
 }
-ELSEWHERE = ("chunk", "data", "device", "out")  # flags that do not change what a run is
+NOT_PART_OF_A_RUN = ("chunk", "data", "device", "out")  # flags that do not change it
 
 
 def open_run(folder, config, resume, defaults):
@@ -63,7 +63,7 @@ def open_run(folder, config, resume, defaults):
         there = read_result(folder / "result.json")["config"]
     for flag in config:
         its_own = there.get(flag, defaults.get(flag))
-        if flag not in ELSEWHERE and its_own != config[flag]:
+        if flag not in NOT_PART_OF_A_RUN and its_own != config[flag]:
             raise BadInput(
                 f"{folder} holds a run with {flag} {its_own} instead of {config[flag]}:"
                 " remove it or name another --out"

@@ -13,8 +13,8 @@ fires for what). The same flags give the same numbers, bit for bit on a CPU.
     python train.py --router uniform                 # MoCoOp without one of its parts
     torchrun --nproc_per_node 4 train.py ...         # the work of encoding shared out
 
-Beside the published text this leaves out, by default, two things that the authors' code also
-trains: a bias on the text features (--text-bias) and the image encoder's LayerNorms
+The authors' code also trains two things that their text does not mention; here they are off by
+default: a bias on the text features (--text-bias) and the image encoder's LayerNorms
 (--tune-visual-ln).
 """
 
@@ -55,7 +55,7 @@ from prompts import check_template, hard_prototypes, read_groups, template_featu
 from router import gate_target, mixed_logits
 from runs import discard, open_run, publish, save_torch
 
-# A method is a row of defaults; flags on the command line win. The numbers are the authors'.
+# A method is a row of defaults; flags on the command line win. The numbers are the published ones.
 MOCOOP = {
     "classifier": "prompts",  # or, in the last rows, a vector a class
     # the prompts
@@ -361,7 +361,7 @@ def fit(clip_model, model, config, groups, hard, trained, features, labels, save
 
     norms = [] if model.visual_ln is None else list(model.visual_ln.parameters())
     others = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in norms)]
-    parts = [{"params": others, "share": 1.0}, {"params": norms, "share": 0.1}]  # of the rate
+    parts = [{"params": others, "factor": 1.0}, {"params": norms, "factor": 0.1}]  # of lr
     optimiser = torch.optim.SGD(
         [part for part in parts if part["params"]], lr=config["lr"], momentum=0.9, weight_decay=5e-4
     )
@@ -388,7 +388,7 @@ def fit(clip_model, model, config, groups, hard, trained, features, labels, save
     for epoch in range(first_epoch, config["epochs"]):
         lr = learning_rate(epoch, config["epochs"], config["lr"], config["warm_up"])
         for part in optimiser.param_groups:
-            part["lr"] = lr * part["share"]
+            part["lr"] = lr * part["factor"]
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(n_views, (n,), generator=order_rng)
         sums, usage = 0, 0  # of the four losses (4,) and of the router's weights (G,)
@@ -454,14 +454,14 @@ def train(config, groups, folder, resume):
     device = choose_device(config["device"])
     parallel.start(device)
     state = open_run(folder, config, resume, preset(config))
-    complete = parallel.first(lambda: load_split(config["dataset"], config["data"]))
-    if not complete.train:
-        where = f" in {complete.folder}" if config["dataset"] == "imagenet" else ""
+    whole = parallel.first(lambda: load_split(config["dataset"], config["data"]))
+    if not whole.train:
+        where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
         raise BadInput(
             f"{config['dataset']} has no training images{where}: it can only be a target"
             " of eval.py RUN --dataset"
         )
-    sample = few_shot(complete, config["shots"], config["seed"])
+    sample = few_shot(whole, config["shots"], config["seed"])
     split = select_classes(sample, config["classes"])
     if config["classifier"] == "linear" and not split.val:
         raise BadInput("--method linear chooses its strength on val images: there are none")
@@ -469,7 +469,7 @@ def train(config, groups, folder, resume):
 
     names, trained = split.class_names, slice(None)  # trained: which of the names have images
     if config["text_weight"]:  # the text loss holds on to every class name
-        names = complete.class_names
+        names = whole.class_names
         with_images = class_range(len(names), config["classes"])
         trained = slice(with_images.start, with_images.stop)
     templates = [template for group in groups for template in group]
@@ -479,7 +479,7 @@ def train(config, groups, folder, resume):
             n = len(templates)
             raise BadInput(f"--n-groups {config['n_groups']} is above the number of templates, {n}")
         groups = group_templates(templates, hard, config["n_groups"])
-        if config["top_k"] != MOCOOP["top_k"]:
+        if config["top_k"] != MOCOOP["top_k"]:  # the default is at most a wish
             check_top_k(config["top_k"], groups)
         order = [templates.index(template) for group in groups for template in group]
         templates, hard = [templates[i] for i in order], hard[order]
@@ -498,7 +498,7 @@ def train(config, groups, folder, resume):
             f"{folder} was stopped while training with other images, templates or CLIP weights:"
             " remove it or name another --out"
         )
-    own_samples = not complete.complete or config["dataset"] == "imagenet"
+    own_samples = not whole.complete or config["dataset"] == "imagenet"
     print(
         f"{split.name}: {len(split.class_names)} {config['classes']} classes,"
         f" {config['shots']} shots, seed {config['seed']}"
@@ -559,8 +559,9 @@ def train(config, groups, folder, resume):
     elif config["classifier"] == "linear":
         features = encode(split.train, "training images")
         start = time.time()
-        n_classes, own = len(split.class_names), (labels_of(split.train), labels_of(split.val))
-        weight, bias, strength = linear_probe(features, own[0], val, own[1], n_classes)
+        labels, val_labels = labels_of(split.train), labels_of(split.val)
+        n_classes = len(split.class_names)
+        weight, bias, strength = linear_probe(features, labels, val, val_labels, n_classes)
         model = Probe(split.class_names, weight, bias)
         seconds = time.time() - start
         print(f"L2 strength chosen on val images: C = {strength:.3g}")
