@@ -112,8 +112,7 @@ class Setting:
     def one_a_row(self, encode, length):
         """Text features the plain way: (G, C, D)."""
         prompts = self.model.prompts
-        contexts = zip(prompts.context_before, prompts.context_after)
-        table = torch.cat([prompts.frozen, *(vectors for pair in contexts for vectors in pair)])
+        table = torch.cat([prompts.frozen, prompts.context()])
         features = encode(self.clip, F.embedding(self.index[:, :length], table), self.eot).float()
         return F.normalize(features, dim=-1).view(*prompts.shape, -1)
 
@@ -126,12 +125,12 @@ class Setting:
         gate_logits, weights = self.model.router(f)
         with self.autocast:
             t = text(weights)
-        total = image_loss(mixed_logits(f, t, weights, 100.0), self.labels)
+        total = image_loss(mixed_logits(f, t, weights, self.model.logit_scale), self.labels)
         if "gate" in losses:
             target = gate_target(f, self.prototypes, self.labels, self.model.router.top_k)
             total = total + gate_loss(gate_logits, target)
         if "text" in losses:
-            total = total + 5 * text_loss(t, self.prototypes)
+            total = total + MOCOOP["text_weight"] * text_loss(t, self.prototypes)
         self.optimiser.zero_grad()
         total.backward()
         self.optimiser.step()

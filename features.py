@@ -48,6 +48,11 @@ def train_transform(size):
     return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
+def _transform(split, size, augmented):
+    """Drawn images stay as drawn."""
+    return train_transform(size) if augmented and split.folder else test_transform(size)
+
+
 class _Preprocessed(Dataset):
     """(path, view) pairs as tensors. View v of an image is random, but seeded by its path and v
     alone, so that every seed and method meets the same views."""
@@ -85,7 +90,7 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
     """
     device, size = model.logit_scale.device, model.visual.input_resolution
     drawn = split.folder is None
-    transform = train_transform(size) if n_views and not drawn else test_transform(size)
+    transform = _transform(split, size, augmented=n_views is not None)
     views = range(1 if drawn or not n_views else n_views)
 
     # Everything that a feature depends on. The folder's name has the weights and the way from file
@@ -137,8 +142,7 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
 
 def load_images(model, split, wanted):
     """Training images as the encoder takes them: (B, 3, H, W). wanted: (path, view) pairs."""
-    size = model.visual.input_resolution
-    transform = test_transform(size) if split.folder is None else train_transform(size)
+    transform = _transform(split, model.visual.input_resolution, augmented=True)
     images = _Preprocessed(split, transform, wanted)
     batch = _collate([images[i] for i in range(len(images))])
     if isinstance(batch, BadInput):

@@ -43,7 +43,7 @@ def silhouette(distance, groups):
 
 
 def group_templates(templates, hard_features, n_groups=None):
-    """The templates in groups: lists of strings. n_groups: None for the best silhouette.
+    """The templates in groups: lists of strings. n_groups: None or 0 for the best silhouette.
 
     hard_features: (T, C, D) from `prompts.template_features`.
     """

@@ -2,10 +2,10 @@
 
 Every process holds the same prompts and router, sees the same batches and computes the same
 losses; what is split is the work of encoding: images before training, sentences during it. In a
-step, each process
-encodes its share of the sentences, all get all the features (`sum_over_processes`), and in the
-backward pass each follows its own share back to the prompts, where the parts of the gradient are
-added up (`sum_gradients`). From there on all are equal again, so nothing else needs to be sent.
+step, each process encodes its share of the sentences, all get all the features
+(`sum_over_processes`), and in the backward pass each follows its own share back to the prompts,
+where the parts of the gradient are added up (`sum_gradients`). From there on all are equal again,
+so nothing else needs to be sent.
 
 Run without torchrun, all of this does nothing. The processes share one disk, where the first one
 writes. A process that ends takes the others with it: torchrun sees to that.

@@ -320,6 +320,10 @@ class SoftPrompts(nn.Module):
         self.frozen = weight[frozen].float()
         self.rows = pack(sentences, weight.shape[1], weight.device)
 
+    def context(self):
+        """All context vectors, prompt by prompt, as they follow `frozen` in the table: (V, W)."""
+        return torch.cat([*chain(*zip(self.context_before, self.context_after))])
+
     def text_features(self, model, bias=None, shift=None, only=None, chunk=CHUNK):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
@@ -329,7 +333,7 @@ class SoftPrompts(nn.Module):
         will read; the others are not computed, and what stands in their place is meaningless.
         chunk: see `encoder.encode_sentences`.
         """
-        context = torch.cat([*chain(*zip(self.context_before, self.context_after))])
+        context = self.context()
         rows = self.rows if only is None else self.rows[only[self.rows.prompt]]
         n_sentences, shape = math.prod(self.shape), self.shape
         if shift is None:

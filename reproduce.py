@@ -2,8 +2,8 @@
 
     python reproduce.py              # within an hour on two cores; what is there already is skipped
 
-Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are
-the authors' own. The last runs try other learning rates, as many for each method, to be compared by
+Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are the
+published ones. The last runs try other learning rates, as many for each method, to be compared by
 their accuracy on validation images.
 """
 
@@ -79,9 +79,9 @@ def run(flags, targets):
 
 
 def by_validation(folder):
-    """All prompt methods and settings at 16 shots, in Markdown: the mean accuracy on validation
-    images, which is what to choose by, and on test images; and how much of a style's weight goes
-    to its own prompt, where there is one a style."""
+    """All prompt methods and settings at 4 and 16 shots, in Markdown: the mean accuracy on
+    validation images, which is what to choose by, and on test images; and how much of a style's
+    weight goes to its own prompt, where there is one a style."""
     found = defaultdict(list)
     for result, evaluations in find_runs(folder):
         config = result["config"]

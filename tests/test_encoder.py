@@ -30,8 +30,7 @@ def soft(model, templates, names=NAMES):
 def one_by_one(model, prompts):
     """The prompts' text features without sharing anything, by the plain encoder."""
     index, eot = one_sentence_a_row(prompts, model.context_length)
-    contexts = zip(prompts.context_before, prompts.context_after)
-    table = torch.cat([prompts.frozen, *(vectors for pair in contexts for vectors in pair)])
+    table = torch.cat([prompts.frozen, prompts.context()])
     features = encode_text(model, F.embedding(index, table), eot)
     return F.normalize(features, dim=-1).view(*prompts.shape, -1)
 
