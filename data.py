@@ -1,213 +1,44 @@
-"""Datasets: where they lie, how they are split, and which few-shot images are drawn.
+"""Datasets: how they are split, which few-shot images are drawn, and what base and new classes are.
 
-A dataset is a row of DATASETS and a folder in the layout of CoOp's DATASETS.md, so the field's
-own data folder works as it is:
+A dataset is one of three things:
 
-    data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
-    data/eurosat/split_zhou_EuroSAT.json
+- a row of lib/catalogue.py and a folder in the layout of CoOp's DATASETS.md, so the data folder
+  that the field's repositories share works as it is; what is absent is downloaded, where it can be:
 
-What is absent is fetched into that same layout, where it can be. A folder of one's own,
-`<class>/*` or `{train,val,test}/<class>/*`, is a dataset as it is, and so is the embedded world
-(`shapes`, see shapes.py), only that its images are drawn instead of read.
+      data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
+      data/eurosat/split_zhou_EuroSAT.json
 
-From top to bottom: the table, loading a split, fetching, few-shot samples, base and new classes.
+- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`;
+- the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
+
+Either way it becomes a `Split`: three lists of images with labels. From top to bottom: the split,
+how it is loaded and checked, few-shot samples, base and new classes.
 """
 
-import contextlib
-import json
 import os
 import random
-import tarfile
-import tempfile
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import gdown
+import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.utils import (
-    download_file_from_google_drive,
-    download_url,
-    extract_archive,
+
+from lib import processes, world
+from lib.catalogue import DATASETS
+from lib.errors import BadInput, nearest
+from lib.fetch import fetch_file, fetch_images
+from lib.files import read_lines
+from lib.readers import (
+    PARTS,
+    class_folders,
+    image_files,
+    read_aircraft,
+    read_imagenet,
+    read_split_file,
+    readable,
 )
-
-import shapes
-from backbone import BadInput, nearest
-
-# ---------------------------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of a dataset. Paths are below `folder`, which is below the root."""
-
-    folder: str
-    images: str
-    split: str = ""  # the field's fixed split file; "" where folders or official lists serve
-    drive_id: str = ""  # of the split file (of classnames.txt for ImageNet) on Google Drive
-    counts: tuple = ()  # train, val and test images in the split
-    archive: tuple = ()  # URL and MD5, torchvision's where it has one
-    origin: str = ""  # where to get it by hand, if it cannot be fetched
-    # Where each class has an image folder: readable names that differ from the folder's, None for
-    # a folder that is no class. A seeded split can then stand in for one that cannot be had.
-    folder_names: dict | None = None
-
-
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-EUROSAT_NAMES = {
-    "AnnualCrop": "Annual Crop Land",
-    "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road",
-    "Industrial": "Industrial Buildings",
-    "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land",
-    "Residential": "Residential Buildings",
-    "SeaLake": "Sea or Lake",
-}
-CALTECH_NAMES = {
-    "BACKGROUND_Google": None,
-    "Faces_easy": None,
-    "Faces": "face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-    "airplanes": "airplane",
-}
-
-DATASETS = {
-    "caltech101": Row(
-        "caltech-101",
-        "101_ObjectCategories",
-        split="split_zhou_Caltech101.json",
-        drive_id="1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
-        counts=(4128, 1649, 2465),
-        archive=(
-            "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
-            "3138e1922a9193bfa496528edbbc45d0",
-        ),
-        folder_names=CALTECH_NAMES,
-    ),
-    "oxford_pets": Row(
-        "oxford_pets",
-        "images",
-        split="split_zhou_OxfordPets.json",
-        drive_id="1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
-        counts=(2944, 736, 3669),
-        archive=(f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
-    ),
-    "stanford_cars": Row(
-        "stanford_cars",
-        "",
-        split="split_zhou_StanfordCars.json",
-        drive_id="1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
-        counts=(6509, 1635, 8041),
-        origin="cars_train/*.jpg and cars_test/*.jpg, whose first home"
-        " (ai.stanford.edu/~jkrause/cars) is closed: see CoOp's DATASETS.md",
-    ),
-    "oxford_flowers": Row(
-        "oxford_flowers",
-        "jpg",
-        split="split_zhou_OxfordFlowers.json",
-        drive_id="1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
-        counts=(4093, 1633, 2463),
-        archive=(f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
-    ),
-    "food101": Row(
-        "food-101",
-        "images",
-        split="split_zhou_Food101.json",
-        drive_id="1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
-        counts=(50500, 20200, 30300),
-        archive=(
-            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-            "85eeb15f3717b99a5da872d97d918f87",
-        ),
-        folder_names={},
-    ),
-    "fgvc_aircraft": Row(
-        "fgvc_aircraft",
-        "images",
-        counts=(3334, 3333, 3333),
-        archive=(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", None),
-    ),
-    "sun397": Row(
-        "sun397",
-        "SUN397",
-        split="split_zhou_SUN397.json",
-        drive_id="1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
-        counts=(15880, 3970, 19850),
-        archive=(
-            "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-            "8ca2778205c41d23104230ba66911c7a",
-        ),
-    ),
-    "dtd": Row(
-        "dtd",
-        "images",
-        split="split_zhou_DescribableTextures.json",
-        drive_id="1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
-        counts=(2820, 1128, 1692),
-        archive=(f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
-        folder_names={},
-    ),
-    "eurosat": Row(
-        "eurosat",
-        "2750",
-        split="split_zhou_EuroSAT.json",
-        drive_id="1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
-        counts=(13500, 5400, 8100),
-        archive=(
-            "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
-            "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
-            "c8fa014336c82ac7804f0398fcb19387",
-        ),
-        folder_names=EUROSAT_NAMES,
-    ),
-    "ucf101": Row(
-        "ucf101",
-        "UCF-101-midframes",
-        split="split_zhou_UCF101.json",
-        drive_id="1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
-        counts=(7639, 1898, 3783),
-        archive=("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
-        folder_names={},
-    ),
-    "imagenet": Row(
-        "imagenet",
-        "images",
-        drive_id="1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF",
-        origin="train/<synset>/*.JPEG and val/<synset>/*.JPEG from https://image-net.org",
-    ),
-    "imagenetv2": Row(
-        "imagenetv2",
-        "imagenetv2-matched-frequency-format-val",
-        origin="{0 ... 999}/*.jpeg from https://github.com/modestyachts/ImageNetV2",
-    ),
-    "imagenet_sketch": Row(
-        "imagenet-sketch",
-        "images",
-        origin="<synset>/*.JPEG from https://github.com/HaohanWang/ImageNet-Sketch",
-    ),
-    "imagenet_a": Row(
-        "imagenet-adversarial",
-        "imagenet-a",
-        origin="<synset>/*.jpg from https://github.com/hendrycks/natural-adv-examples",
-    ),
-    "imagenet_r": Row(
-        "imagenet-rendition",
-        "imagenet-r",
-        origin="<synset>/*.jpg from https://github.com/hendrycks/imagenet-r",
-    ),
-}
-PARTS = ("train", "val", "test")
-# All that Pillow can open, but for films and scientific containers that it only recognises.
-IMAGE_SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
-}
 
 
 class Item(NamedTuple):
@@ -228,141 +59,161 @@ class Split:
     train: list[Item]
     val: list[Item]
     test: list[Item]
+    samples: str = "own"  # or `coop`: few-shot samples drawn from it are CoOp's, image for image
 
     @property
     def name(self):
         return dataset_name(self.dataset)
 
+    def labels(self, items):
+        """The labels of items as a tensor (N,)."""
+        return torch.tensor([item.label for item in items])
+
+    def open(self, path):
+        """The RGB image at `path`, a PIL image. Raises BadInput if it cannot be read."""
+        if self.folder is None:
+            return world.draw_path(self.dataset, path)
+        try:
+            with Image.open(self.folder / path) as image:
+                if self._turned:
+                    image = ImageOps.exif_transpose(image)
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadInput(f"cannot read the image {self.folder / path}: {error}") from error
+
+    def identity(self, path):
+        """What tells an image from its changed self: size and time of its file, or how it is drawn.
+        Raises BadInput if there is no such file."""
+        if self.folder is None:
+            return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
+        file = os.path.join(os.path.abspath(self.folder), path)
+        try:
+            stat = os.stat(file)
+        except OSError as error:
+            raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
+        return f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{self._turned}"
+
     @property
-    def complete(self):
-        """Whether the lists are the field's own, image for image."""
-        row = DATASETS.get(self.dataset)
-        counts = len(self.train), len(self.val), len(self.test)
-        return self.source == "coop" and (not row.counts or counts == row.counts)
+    def _turned(self):
+        """Whether photos are turned upright; the field leaves them as the camera held them."""
+        return self.source != "coop"
+
+    @property
+    def kinds(self):
+        """The kind of each test image that a router picture tells apart, and the kinds' names:
+        (indices into names, names). Kinds are classes; in the built-in world, styles."""
+        if self.folder is None:
+            names = list(world.DATASETS[self.dataset])
+            return [names.index(world.style_of(item.path)) for item in self.test], names
+        return [item.label for item in self.test], self.class_names
+
+    def views(self, n):
+        """How many augmented views to take of a training image: n, or None for drawn images, which
+        stay as they are drawn."""
+        return None if self.folder is None else n
 
 
 def full_dataset(dataset):
-    """A dataset as it goes into a run's configuration: a folder of one's own with its full path."""
-    known = dataset in (*shapes.DATASETS, *DATASETS) or not os.path.isdir(dataset)
+    """A dataset as a run's configuration names it: a folder of one's own by its full path."""
+    known = dataset in DATASETS or not os.path.isdir(dataset)
     return dataset if known else str(Path(dataset).resolve())
 
 
 def dataset_name(dataset):
-    """What a dataset goes by: a folder of one's own by the last component of its path."""
-    return dataset if dataset in (*shapes.DATASETS, *DATASETS) else Path(dataset).resolve().name
+    """The short name of a dataset: of a folder of one's own, the last component of its path."""
+    return dataset if dataset in DATASETS else Path(dataset).resolve().name
 
 
-# -------------------------------------------------------------------------------- the splits
+# ------------------------------------------------------------------------------------- loading
 
 
 def load_split(dataset, root):
     """The complete train, val and test lists of a dataset.
 
-    dataset: a name of the table, below `root` and fetched if absent; one of the embedded world's;
-    or the path of a folder of one's own.
-    Raises BadInput for an unknown dataset, files that are missing and cannot be fetched, a split
+    dataset: a name of the catalogue, below `root` and downloaded if absent; or the path of a folder
+    of one's own.
+    Raises BadInput for an unknown dataset, files that are missing and cannot be downloaded, a split
     file that is not one, a split that names images that are not there, a class without images.
     """
-    if dataset in shapes.DATASETS:
-        lists = {
-            part: [Item(*entry) for entry in items] for part, items in shapes.split(dataset).items()
-        }
-        return Split(dataset, None, "shapes", shapes.DOWNSTREAM, **lists)
     if dataset not in DATASETS:
         if os.path.isdir(dataset):
             return _check(_own_folder(dataset))
-        known = [*shapes.DATASETS, *DATASETS]
         raise BadInput(
-            f"unknown dataset {dataset!r}{nearest(dataset, known)}: neither a folder nor one of"
-            f" {', '.join(known)}"
+            f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}: neither a folder nor one of"
+            f" {', '.join(DATASETS)}"
         )
     row = DATASETS[dataset]
     folder = Path(root) / row.folder
-    if dataset.startswith("imagenet"):
-        return _check(_imagenet(dataset, row, folder))
+    if row.layout == "world":
+        return _split(dataset, None, "shapes", world.DOWNSTREAM, world.lists(dataset))
     if not (folder / row.images).is_dir():
-        _fetch_images(row, folder)
-    if dataset == "fgvc_aircraft":
-        return _present(_check(_aircraft(dataset, row, folder)), row)
-    if not (folder / row.split).is_file():
+        if not row.archive:
+            origin = row.origin or "them by hand (its row in lib/catalogue.py names no origin)"
+            raise BadInput(
+                f"no images at {folder / row.images}, and {dataset} cannot be downloaded:"
+                f" put there {origin}"
+            )
+        fetch_images(*row.archive, folder / row.images)
+    if row.layout == "aircraft":
+        read = read_aircraft(folder, row.images)
+    elif row.layout == "split":
         try:
-            _fetch_split(row, folder)
+            read = _read_or_fetch_split(row, folder)
         except BadInput as error:
-            if row.folder_names is None:
+            if row.folder_names is None or (folder / row.split).is_file():
                 raise
             print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
             print("  NOT comparable with the field's")
             return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
-    return _present(_check(_read_split(dataset, row, folder)), row)
+    else:  # imagenet and its variants; which images CoOp samples depends on the disk's order
+        read = read_imagenet(folder, row.images, row.layout, _class_names_file(folder))
+        return _check(_split(dataset, folder, "coop", *read))
+    split = _check(_split(dataset, folder, "coop", *read))
+    _check_files(split)
+    counts = len(split.train), len(split.val), len(split.test)
+    if row.counts in ((), counts):
+        return replace(split, samples="coop")
+    print(f"{dataset} lists {counts} images, the field's split {row.counts}: the numbers are")
+    print("  NOT comparable with the field's")
+    return split
 
 
-def _read_split(dataset, row, folder):
-    """A `split_zhou_*.json`: {"train" | "val" | "test": [[path, label, class name], ...]}."""
-    file = folder / row.split
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        lists = {
-            part: [
-                Item((Path(row.images) / path).as_posix(), int(label))
-                for path, label, _ in content[part]
-            ]
-            for part in PARTS
-        }
-        names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise BadInput(
-            f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
-            " delete it to have it fetched again"
-        ) from error
-    if sorted(names) != list(range(len(names))):
-        raise BadInput(f"{file}: the labels must run from 0 without gaps, found {sorted(names)}")
-    class_names = [_readable(names[label]) for label in range(len(names))]
-    return Split(dataset, folder, "coop", class_names, **lists)
+def _split(dataset, folder, source, class_names, lists):
+    """A `Split` of the lists that a reader returns."""
+    items = {part: [Item(*entry) for entry in lists[part]] for part in PARTS}
+    return Split(dataset, folder, source, class_names, **items)
 
 
-def _aircraft(dataset, row, folder):
-    """FGVC Aircraft's official lists: variants.txt has the class names in the labels' order."""
-    class_names = _lines(folder / "variants.txt")
-    labels = {name: label for label, name in enumerate(class_names)}
-    lists = {}
-    for part in PARTS:
-        file = folder / f"images_variant_{part}.txt"
-        pairs = [line.split(" ", 1) for line in _lines(file)]  # image number, variant
-        unknown = [pair for pair in pairs if pair[-1] not in labels]
-        if unknown:
-            raise BadInput(f"{file}: {' '.join(unknown[0])!r} names no variant of variants.txt")
-        lists[part] = [Item(f"{row.images}/{number}.jpg", labels[name]) for number, name in pairs]
-    return Split(dataset, folder, "coop", class_names, **lists)
+def _read_or_fetch_split(row, folder):
+    """The lists of the field's split file, which is downloaded from Google Drive if absent."""
+
+    def check(file):
+        _, lists = read_split_file(file, row.images)
+        counts = tuple(len(lists[part]) for part in PARTS)
+        if row.counts and counts != row.counts:
+            raise BadInput(f"it lists {counts} images instead of {row.counts}")
+
+    if not (folder / row.split).is_file():
+        if not row.drive_id:
+            raise BadInput(f"no split file {folder / row.split}, and none to download")
+        fetch_file(row.drive_id, folder / row.split, check)
+    return read_split_file(folder / row.split, row.images)
 
 
-def _imagenet(dataset, row, folder):
-    """ImageNet and its test-only variants: a folder a class, named by synset (by line number in
-    ImageNetV2), with names from classnames.txt, the variant's own or ImageNet's."""
-    images = folder / row.images
-    if not images.is_dir():
-        raise BadInput(
-            f"no images at {images}, and {dataset} cannot be fetched: put there {row.origin}"
-        )
-    file = folder / "classnames.txt"
-    if not file.is_file():
-        file = folder.parent / DATASETS["imagenet"].folder / "classnames.txt"
-        if not file.is_file():
-            _fetch_classnames(file)
-    pairs = [line.split(" ", 1) for line in _lines(file)]  # synset, name
-    if dataset == "imagenetv2":
-        pairs = [(str(number), pair[-1]) for number, pair in enumerate(pairs)]
-    names = {pair[0]: pair[-1] for pair in pairs}
-    test = f"{row.images}/val" if dataset == "imagenet" else row.images
-    classes = _class_folders(folder / test)
-    classes.sort(key=int if dataset == "imagenetv2" and all(map(str.isdecimal, classes)) else None)
-    unknown = [name for name in classes if name not in names]
-    if unknown:
-        raise BadInput(f"{file} has no name for the folder {folder / test / unknown[0]}")
-    lists = {"train": [], "val": [], "test": _listed(folder, test, classes)}
-    if dataset == "imagenet":
-        # CoOp takes the file names of a class in the disk's order; sorted, the samples are ours.
-        lists["train"] = _listed(folder, f"{row.images}/train", classes)
-    return Split(dataset, folder, "coop", [names[name] for name in classes], **lists)
+def _class_names_file(folder):
+    """classnames.txt for an ImageNet variant: its own, or ImageNet's, downloaded if absent."""
+    imagenet = DATASETS["imagenet"]
+    shared = folder.parent / imagenet.folder / "classnames.txt"
+
+    def check(file):
+        if len(read_lines(file)) != 1000:
+            raise BadInput(f"it has {len(read_lines(file))} lines instead of 1000")
+
+    if (folder / "classnames.txt").is_file():
+        return folder / "classnames.txt"
+    if not shared.is_file():
+        fetch_file(imagenet.drive_id, shared, check)
+    return shared
 
 
 def _own_folder(dataset):
@@ -373,60 +224,28 @@ def _own_folder(dataset):
         return _seeded_split(dataset, folder, "", {})
     if "train" not in given or "test" not in given:
         raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
-    classes = sorted({*_class_folders(folder / "train"), *_class_folders(folder / "test")})
-    lists = {part: _listed(folder, part, classes) for part in PARTS}
-    return Split(dataset, folder, "folder", [_readable(name) for name in classes], **lists)
+    classes = sorted({*class_folders(folder / "train"), *class_folders(folder / "test")})
+    lists = {part: image_files(folder, part, classes) for part in PARTS}
+    return _split(dataset, folder, "folder", [readable(name) for name in classes], lists)
 
 
 def _seeded_split(dataset, folder, images, folder_names):
-    """A split of our own from one folder a class: 50% train, 20% val, 30% test of each.
+    """A split of our own from one folder per class: 50% train, 20% val, 30% test of each.
 
     Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
-    folder_names: as in the table.
+    folder_names: as in the catalogue.
     """
     lists = {part: [] for part in PARTS}
-    names = {name: folder_names.get(name, name) for name in _class_folders(folder / images)}
-    classes = [name for name, readable in names.items() if readable is not None]
+    names = {name: folder_names.get(name, name) for name in class_folders(folder / images)}
+    classes = [name for name, shown in names.items() if shown is not None]
     for label, name in enumerate(classes):
-        items = [item._replace(label=label) for item in _listed(folder, images, [name])]
+        items = [(path, label) for path, _ in image_files(folder, images, [name])]
         random.Random(0).shuffle(items)
         n_train, n_val = round(0.5 * len(items)), round(0.2 * len(items))
         lists["train"] += items[:n_train]
         lists["val"] += items[n_train : n_train + n_val]
         lists["test"] += items[n_train + n_val :]
-    readable = [_readable(names[name]) for name in classes]
-    return Split(dataset, folder, "seeded", readable, **lists)
-
-
-def _class_folders(folder):
-    """The names of the folders below `folder`, sorted; hidden ones are not classes."""
-    if not folder.is_dir():
-        return []
-    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
-
-
-def _listed(folder, below, classes):
-    """The image files of each class folder in `folder / below`, in sorted order."""
-    return [
-        Item(f"{below}/{name}/{file}".lstrip("/"), label)
-        for label, name in enumerate(classes)
-        if (folder / below / name).is_dir()
-        for file in sorted(os.listdir(folder / below / name))
-        if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
-    ]
-
-
-def _readable(name):
-    return " ".join(name.replace("_", " ").split())
-
-
-def _lines(file):
-    """The lines of a text file, without empty ones."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return _split(dataset, folder, "seeded", [readable(names[name]) for name in classes], lists)
 
 
 def _check(split):
@@ -453,116 +272,22 @@ def _check(split):
     return split
 
 
-def _present(split, row):
-    """The split; raises BadInput if it names images that are not there."""
-    everything = [*split.train, *split.val, *split.test]
-    missing = [i.path for i in everything if not os.path.isfile(split.folder / i.path)]
+def _check_files(split):
+    """Raises BadInput if the split names images that are not there."""
+    items = [*split.train, *split.val, *split.test]
+    missing = [i.path for i in items if not os.path.isfile(split.folder / i.path)]
     if missing:
         raise BadInput(
-            f"{len(missing):,} of {len(everything):,} images of {split.dataset} are missing,"
+            f"{len(missing):,} of {len(items):,} images of {split.dataset} are missing,"
             f" the first is {split.folder / missing[0]}"
         )
-    if not split.complete:
-        counts = len(split.train), len(split.val), len(split.test)
-        print(f"{split.dataset} lists {counts} images, the field's split {row.counts}: the numbers")
-        print("  are NOT comparable with the field's")
-    return split
 
 
-# ---------------------------------------------------------------------------------- fetching
-# Whatever is fetched arrives under a temporary name, is checked, and is renamed last: what
-# stands in the layout is whole.
-
-FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
-
-
-def _fetch_images(row, folder):
-    """Fetches the archive; its image folder, and what lies beside that, go to `folder`."""
-    target = folder / row.images
-    if not row.archive:
-        raise BadInput(f"no images at {target}, and they cannot be fetched: put there {row.origin}")
-    url, md5 = row.archive
-    print(f"{target} is not there: fetching {url}")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            archive, files = Path(scratch, "archive" + _suffix(url)), Path(scratch, "files")
-            download_url(url, scratch, archive.name, md5)
-            extract_archive(archive, files)
-            for inner in files.rglob("*.tar.gz"):  # Caltech 101 comes as archives in an archive
-                extract_archive(inner, inner.parent)
-            found = [p for p in files.rglob(row.images) if p.is_dir()]
-            if not found:
-                raise RuntimeError(f"the archive holds no folder {row.images}")
-            images = min(found, key=lambda path: len(path.parts))
-            for beside in images.parent.iterdir():
-                if beside != images and not (folder / beside.name).exists():
-                    beside.rename(folder / beside.name)
-            images.rename(target)
-    except (*FAILURES, gdown.exceptions.DownloadError) as error:
-        for empty in made:
-            with contextlib.suppress(OSError):
-                empty.rmdir()
-        raise BadInput(
-            f"no images at {target}, and fetching {url} failed ({_first_line(error)}): unpack that"
-            f" archive in {folder} by hand, or point --data at the folder that holds {row.folder}/"
-        ) from error
-
-
-def _fetch_file(drive_id, target, check):
-    """Fetches one file from Google Drive. check: raises BadInput if the file at a path is not
-    what it should be."""
-    print(f"{target} is not there: fetching it from Google Drive")
-    made = [path for path in target.parents if not path.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
-            download_file_from_google_drive(drive_id, scratch, target.name)
-            check(Path(scratch, target.name))
-            Path(scratch, target.name).rename(target)
-    except (BadInput, *FAILURES, gdown.exceptions.DownloadError) as error:
-        for empty in made:
-            with contextlib.suppress(OSError):
-                empty.rmdir()
-        raise BadInput(
-            f"no file {target}, and fetching it failed ({_first_line(error)}):"
-            f" put https://drive.google.com/file/d/{drive_id} there by hand"
-        ) from error
-
-
-def _fetch_split(row, folder):
-    def check(file):
-        split = _read_split("", replace(row, split=file.relative_to(folder)), folder)
-        counts = len(split.train), len(split.val), len(split.test)
-        if counts != row.counts:
-            raise BadInput(f"it lists {counts} images instead of {row.counts}")
-
-    _fetch_file(row.drive_id, folder / row.split, check)
-
-
-def _fetch_classnames(target):
-    def check(file):
-        if len(_lines(file)) != 1000:
-            raise BadInput(f"it has {len(_lines(file))} lines instead of 1000")
-
-    _fetch_file(DATASETS["imagenet"].drive_id, target, check)
-
-
-def _suffix(url):
-    """What an archive is, by its address; Google Drive's one archive is a zip file."""
-    return next((end for end in (".tar.gz", ".tgz", ".zip") if url.endswith(end)), ".zip")
-
-
-def _first_line(error):
-    return str(error).split("\n")[0]
-
-
-# -------------------------------------------------------------------------- samples, subsets
+# ---------------------------------------------------------------------- samples, base and new
 
 
 def few_shot(split, shots, seed):
-    """The field's few-shot sample: `shots` training images a class, and at most 4 val images.
+    """The field's few-shot sample: `shots` training images per class, and at most 4 val images.
 
     CoOp's rule to the last image: seed once, then for each label in order of first appearance
     `random.sample`; train first, then val from the same stream. The draw depends on the lists'
@@ -587,32 +312,39 @@ def few_shot(split, shots, seed):
     return replace(split, train=train, val=val)
 
 
-def class_range(n, classes):
+def few_shot_split(config):
+    """(the complete split, the few-shot part of it that a run trains on), by the run's flags.
+
+    Raises BadInput as `load_split` does, and for a dataset that lacks what the method needs.
+    """
+    whole = processes.first(lambda: load_split(config["dataset"], config["data"]))
+    if not whole.train:
+        where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
+        raise BadInput(
+            f"{config['dataset']} has no training images{where}: it can only be a target"
+            " of eval.py RUN --dataset"
+        )
+    sample = few_shot(whole, config["shots"], config["seed"])
+    split = select_classes(sample, config["classes"])
+    if config["classifier"] == "linear" and not split.val:
+        raise BadInput("--method linear chooses its strength on val images: there are none")
+    return whole, split
+
+
+def class_slice(n, classes):
     """The labels of `all` n classes, the `base` half (the first ceil(n / 2)), or the `new` rest."""
     half = (n + 1) // 2
-    return {"all": range(n), "base": range(half), "new": range(half, n)}[classes]
+    return {"all": slice(0, n), "base": slice(0, half), "new": slice(half, n)}[classes]
 
 
 def select_classes(split, classes):
     """The split with the images and names of `all`, `base` or `new` classes, labels from 0."""
-    labels = class_range(len(split.class_names), classes)
+    chosen = class_slice(len(split.class_names), classes)
+    labels = range(chosen.start, chosen.stop)
 
     def keep(items):
         return [Item(i.path, i.label - labels.start) for i in items if i.label in labels]
 
-    names = [split.class_names[label] for label in labels]
+    names = split.class_names[chosen]
     lists = {part: keep(getattr(split, part)) for part in PARTS}
     return replace(split, class_names=names, **lists)
-
-
-def open_image(split, path):
-    """The RGB image at `path` of the dataset. Raises BadInput if it cannot be read."""
-    if split.folder is None:
-        return shapes.draw_path(split.dataset, path)
-    try:
-        with Image.open(split.folder / path) as image:
-            if split.source != "coop":  # the field leaves photos as the camera held them
-                image = ImageOps.exif_transpose(image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read the image {split.folder / path}: {error}") from error

@@ -11,32 +11,48 @@ The first three write into the run's folder: `eval_<dataset>_<classes>.json`, th
 beside it, and `samples_<...>.png`, test images with the prompts that they were given.
 """
 
-import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from clip import simple_tokenizer as tokenizer
 
-import plots
-import report
-from backbone import BadInput, exit_on_bad_input, load_clip, read_torch_file
-from data import dataset_name, full_dataset, load_split, open_image, select_classes
-from features import image_features
-from model import MoCoOp, Probe, clip_as_it_is, measure
-from prompts import template_features, template_groups
-from runs import read_result
-from train import Parser, choose_device, describe
+from data import dataset_name, full_dataset, load_split, select_classes
+from lib.catalogue import template_groups
+from lib.clip_model import load_clip
+from lib.errors import BadInput, exit_on_bad_input
+from lib.files import read_torch_file
+from lib.flags import Parser
+from lib.images import image_features
+from lib.pictures import draw_pictures, router_picture, samples_picture
+from lib.probe import Probe
+from lib.processes import choose_device
+from lib.runs import find_runs, read_result, save_json
+from lib.tables import runs_table
+from prompts import all_templates, template_features, untrained_classifiers
+from train import accuracy, examine, make_model
 
-# ----------------------------------------------------------------------------- one run, anywhere
+# ------------------------------------------------------------------------------ one run, anywhere
+
+
+class Run(NamedTuple):
+    """A trained run, ready to be used."""
+
+    config: dict  # every flag
+    groups: list  # of templates, one prompt each
+    model: torch.nn.Module  # model.predict(class_names, image_features) -> labels, prompt weights
+    clip_model: torch.nn.Module
+    fingerprint: str  # of the CLIP's weights
 
 
 def load_run(folder, clip=None, device=None):
-    """A trained run: (config, groups, model, frozen CLIP, the CLIP's fingerprint).
+    """The `Run` in a folder.
 
     clip: a name or file in place of the one the run names, as long as its weights are the same.
     Raises BadInput if the folder holds no finished run or its checkpoint is from another CLIP.
     """
+    folder = Path(folder)
     for name in ("checkpoint.pt", "result.json"):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} holds no finished run (no {name})")
@@ -56,13 +72,14 @@ def load_run(folder, clip=None, device=None):
         )
     try:
         if config["classifier"] == "prompts":
-            model = MoCoOp(clip_model, groups, config)
+            model = make_model(clip_model, groups, config)
         else:
             model = Probe(checkpoint["class_names"], torch.empty_like(state["weight"]))
         model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
-    return config, groups, model.to(clip_model.logit_scale.device), clip_model, fingerprint
+    device = clip_model.logit_scale.device
+    return Run(config, groups, model.to(device).eval(), clip_model, fingerprint)
 
 
 def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=None):
@@ -77,45 +94,32 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         )
     split = select_classes(load_split(dataset, data or config["data"]), classes)
     what = f"test images of {dataset}, {classes} classes"
+
+    # Zero-shot and ensemble: CLIP as it was, with the target's templates.
     untrained = clip_model
-    if config["tune_visual_ln"]:  # the baselines are those of CLIP as it was
-        untrained = load_clip(clip or config["clip"], clip_model.logit_scale.device)[0]
+    if config["tune_visual_ln"]:
+        untrained, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
     plain = image_features(untrained, fingerprint, split, split.test, what=what)
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
-    templates = [template for group in target_groups for template in group]
-    hard = template_features(clip_model, templates, split.class_names)
-    probes = clip_as_it_is(clip_model, split.dataset, split.class_names, hard)
-    zero_shot, ensemble = (
-        measure(clip_model, probes[name], split, split.test, plain)[0]["accuracy"]
-        for name in ("zeroshot", "ensemble")
-    )
+    hard = template_features(clip_model, all_templates(target_groups), split.class_names)
+    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard)
+    zero_shot, ensemble = (accuracy(probe, split, split.test, plain) for probe in probes.values())
+
     features = plain
     if config["tune_visual_ln"]:
         features = image_features(
             clip_model, fingerprint, split, split.test, what=what, cached=False
         )
     model = probes.get(config["classifier"], model)  # these two know any classes
-    measured, weights, predictions = measure(clip_model, model, split, split.test, features)
-    result = {
-        **trained,
-        **describe(config, split, model, classes),
-        "zero_shot_accuracy": zero_shot,
-        "ensemble_accuracy": ensemble,
-        "val_accuracy": None,
-        **measured,
-        "router": plots.router_table(split, weights),
-    }
+    changed = trained["changed_flags"]
+    measured, predictions, weights = examine(model, config, changed, split, classes, features)
+    result = trained | measured
+    result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
     name = f"{split.name}_{classes}"
-    scratch = folder / f"eval_{name}.tmp"
-    scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(folder / f"eval_{name}.json")
-    some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
-    images = [(split.test[i], open_image(split, split.test[i].path)) for i in some]
-    columns = list(measured["prompt_usage"])
-    sheet = folder / f"samples_{name}.png"
-    plots.samples_picture(split, images, weights[some], predictions[some], columns, sheet)
-    if columns:
-        plots.router_picture(result, folder / f"eval_{name}.png")
+    save_json(result, folder / f"eval_{name}.json")
+    draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
+    if model.templates:
+        router_picture(result, folder / f"eval_{name}.png")
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
@@ -124,9 +128,25 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     return result
 
 
+def draw_samples(split, predictions, weights, templates, path):
+    """A sheet of 16 test images, each with its answer and its prompts and weights.
+
+    predictions (N,) and weights (N, G) of all test images.
+    """
+    some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
+    titles = []
+    for i in some:
+        truth, answer = split.class_names[split.test[i].label], split.class_names[predictions[i]]
+        verdict = truth if truth == answer else f"{truth},\ntaken for {answer}"
+        chosen = [g for g in weights[i].argsort(descending=True).tolist() if weights[i, g] > 0]
+        lines = [f"{100 * weights[i, g]:.0f}% {templates[g]}" for g in chosen]
+        titles.append(("\n".join([verdict, *lines]), truth == answer))
+    samples_picture([split.open(split.test[i].path) for i in some], titles, path)
+
+
 def words(folder, clip=None, device=None, n_nearest=3):
     """What the learned context vectors say: for each, the nearest words of CLIP's vocabulary with
-    their Euclidean distances. Returns {template: [[(word, distance), ...] a vector]}.
+    their Euclidean distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
 
     CoOp's look inside. Beware: a vector can do its work far away from any word.
     Raises BadInput for a run without prompts.
@@ -152,7 +172,27 @@ def words(folder, clip=None, device=None, n_nearest=3):
     return found
 
 
-def run():
+# ------------------------------------------------------------------------------ the command line
+
+
+def print_words(folder, clip, device):
+    for template, vectors in words(folder, clip, device).items():
+        print(template)
+        for i, vector in enumerate(vectors, 1):
+            print(f"  v{i}  " + "  ".join(f"{word} {distance:.3f}" for word, distance in vector))
+
+
+def print_pictures(folder):
+    drawn = draw_pictures(find_runs(folder), folder)
+    if not drawn:
+        raise BadInput(
+            f"nothing to draw below {folder}: curves need a method's own settings at several"
+            " numbers of shots, maps and bars a plain run of mocoop"
+        )
+    print(f"saved in {folder}: {', '.join(drawn)}")
+
+
+def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--dataset", help="another dataset's test images and class names")
@@ -171,28 +211,17 @@ def run():
         if getattr(args, flag):
             parser.error(f"--{flag} means nothing here")
     if args.table:
-        print(report.table(args.table))
+        print(runs_table(find_runs(args.table)))
     elif args.plots:
-        drawn = report.pictures(args.plots)
-        if not drawn:
-            raise BadInput(
-                f"nothing to draw below {args.plots}: curves need a method's own settings at"
-                " several numbers of shots, maps and bars a plain run of mocoop"
-            )
-        print(f"saved in {args.plots}: {', '.join(drawn)}")
+        print_pictures(args.plots)
     elif args.words:
-        for template, vectors in words(args.run, args.clip, args.device).items():
-            print(template)
-            for i, vector in enumerate(vectors, 1):
-                print(
-                    f"  v{i}  " + "  ".join(f"{word} {distance:.3f}" for word, distance in vector)
-                )
+        print_words(args.run, args.clip, args.device)
     else:
         evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
 
 
 def main():
-    exit_on_bad_input(run)
+    exit_on_bad_input(run_command_line)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The three losses. total = image + gate_weight * gate + text_weight * text   (1 and 5).
+"""The three losses. total = image + gate_weight * gate + text_weight * text, weights 1 and 5.
 
 Letters in shapes: B images, C classes, G prompts, D feature width.
 """
@@ -33,7 +33,7 @@ def text_loss(text_features, prototypes, scale=1.0):
     When training sees base classes only, C is still *all* class names: names cost no images, and
     this is meant to keep the new classes in place. text_features and prototypes (G, C, D).
     """
-    logits = scale * text_features @ prototypes.transpose(1, 2)  # (G, C soft, C hard)
-    n_prompts, n_classes, _ = logits.shape
-    labels = torch.arange(n_classes, device=logits.device).repeat(n_prompts)
-    return F.cross_entropy(logits.flatten(0, 1), labels)
+    logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)
+    logits = logits.flatten(0, -2)
+    labels = torch.arange(logits.shape[1], device=logits.device)
+    return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))

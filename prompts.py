@@ -1,163 +1,42 @@
-"""Templates and groups, hard prototypes, soft prompts.
+"""Templates in groups, what they give CLIP as they are, and the soft prompts that start from them.
 
 A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
-the same thing about an image ("a low resolution photo of", "a pixelated photo of") form a *group*.
-Each group gets
+the same thing about an image form a *group*. The groups of EuroSAT, as published:
 
-- one *hard prototype* a class: the mean text feature of its templates, computed once, and
+    a centered satellite photo of {}.
+    a photo of a {}.
+    a photo of the large {}.           a photo of a large {}.
+    a photo of the small {}.           a photo of a small {}.
+    a low resolution photo of the {}.  a low resolution photo of a {}.
+    a pixelated photo of the {}.       a pixelated photo of a {}.      (one group of four)
+    a good photo of the {}.            a good photo of a {}.
+
+(Those of all datasets are in lib/catalogue.py.) The templates of a group are *hard prompts*: fixed
+text, that CLIP reads as it is. Each group gives
+
+- one *hard prototype* per class: the mean feature of its templates with that class name, and
 - one *soft prompt*: its first template, whose words, all but the class name, become vectors that
   training may move.
 
-Letters in shapes: G groups = soft prompts, T templates, C classes, L tokens, W width of the text
-encoder, D width of the joint embedding.
+Letters in shapes: G groups = soft prompts, T templates, C classes, V context vectors, W width of
+the text encoder, D width of the joint embedding.
 """
 
-import math
-import re
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
-import clip
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import BadInput
-from encoder import CHUNK, encode_sentences, pack  # how the encoder is fast: a file of its own
+from lib.catalogue import row_of, template_groups
+from lib.encoder import CHUNK, LEARNED, Sentences
+from lib.errors import BadInput
+from lib.grouping import group_templates
+from lib.probe import Probe
+from lib.tokens import EOT, SOS, check_length, check_words, known_tokens, token_ids
 
 # ---------------------------------------------------------------------------------- templates
-# The published groups (arXiv 2409.12011 and its code). The first template of a group starts its
-# soft prompt.
-
-PHOTO = ["a photo of a {}."]
-MANY = ["a photo of many {}."]
-LARGE = ["a photo of the large {}.", "a photo of a large {}."]
-SMALL = ["a photo of the small {}.", "a photo of a small {}."]
-GOOD = ["a good photo of the {}.", "a good photo of a {}."]
-LOW_RESOLUTION = [
-    "a low resolution photo of the {}.",
-    "a low resolution photo of a {}.",
-    "a pixelated photo of the {}.",
-    "a pixelated photo of a {}.",
-]
-FLOWER = ["a photo of a {}, a type of flower."]
-AIRCRAFT = ["a photo of a {}, a type of aircraft."]
-ACTION = ["a photo of a person doing {}."]
-SATELLITE = ["a centered satellite photo of {}."]
-TEXTURE = ["{} texture."]
-VIDEO_GAME = ["a {} in a video game."]
-MY_PHOTO = ["itap of a {}.", "itap of the {}."]  # "I took a picture"
-ART = ["art of the {}.", "a rendering of a {}.", "a rendering of the {}."]
-ORIGAMI = ["a origami {}."]
-HARD_TO_SEE = ["a photo of the hard to see {}."]
-GENERAL = [PHOTO, MANY, LOW_RESOLUTION, GOOD]  # SUN397's, and those of a folder of one's own
-
-IMAGENET_VARIANT = [
-    *(FLOWER, ACTION, SATELLITE, AIRCRAFT, MY_PHOTO, LARGE, ART),
-    *(["a photo of the small {}."], PHOTO, MANY),
-    ["a low resolution photo of the {}.", "a pixelated photo of a {}."],
-    *(GOOD, VIDEO_GAME, HARD_TO_SEE, ORIGAMI, TEXTURE),
-]
-IMAGENET = [
-    *IMAGENET_VARIANT[:10],
-    [
-        *LOW_RESOLUTION,
-        "a jpeg corrupted photo of the {}.",
-        "a blurry photo of a {}.",
-        "a bad photo of the {}.",
-    ],
-    ["a cropped photo of the {}.", "a cropped photo of a {}."],
-    ["a bright photo of the {}."],
-    GOOD,
-    ["a close-up photo of the {}."],
-    ["a photo of the clean {}."],
-    *(VIDEO_GAME, HARD_TO_SEE, ORIGAMI, TEXTURE),
-]
-
-TEMPLATE_GROUPS = {
-    "caltech101": [TEXTURE, *GENERAL],
-    "dtd": [TEXTURE, *GENERAL],
-    "eurosat": [SATELLITE, PHOTO, LARGE, SMALL, LOW_RESOLUTION, GOOD],
-    "fgvc_aircraft": [AIRCRAFT, *GENERAL],
-    "food101": [
-        ["a photo of a  {}."],  # two spaces as published; the tokenizer reads one
-        ["a photo of the delicious {}.", "a photo of the tasty {}.", "A dish of the {}."],
-        *(LOW_RESOLUTION, GOOD),
-    ],
-    "imagenet": IMAGENET,
-    "imagenet_a": IMAGENET_VARIANT,
-    "imagenet_r": IMAGENET_VARIANT,
-    "imagenet_sketch": IMAGENET_VARIANT,
-    "imagenetv2": IMAGENET_VARIANT,
-    "oxford_flowers": [FLOWER, *GENERAL],
-    "oxford_pets": [SMALL[:1], LARGE, *GENERAL],
-    "stanford_cars": [
-        [
-            "A photo of the high-performance {}.",
-            "A photo of the modern {}.",
-            "A photo of the fast {}.",
-        ],
-        *GENERAL,
-    ],
-    "sun397": GENERAL,
-    "ucf101": [ACTION, VIDEO_GAME, *GENERAL],
-    # The embedded world: one group a style, in the order of shapes.STYLES.
-    "shapes": [
-        ["a photo of a {}.", "a good photo of a {}.", "a good photo of the {}."],
-        ["a photo of a large {}.", "a photo of the large {}."],
-        ["a photo of a small {}.", "a photo of the small {}."],
-        ["a photo of many {}."],
-        ["a sketch of a {}.", "a sketch of the {}.", "a drawing of a {}.", "a drawing of the {}."],
-        LOW_RESOLUTION,
-        ["a blurry photo of a {}.", "a blurry photo of the {}."],
-        ["a dark photo of a {}.", "a dark photo of the {}."],
-    ],
-}
-
-# What `zero-shot` means: one template a dataset, CoOp's.
-ZERO_SHOT_TEMPLATES = {
-    "oxford_pets": "a photo of a {}, a type of pet.",
-    "oxford_flowers": "a photo of a {}, a type of flower.",
-    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
-    "dtd": "{} texture.",
-    "eurosat": "a centered satellite photo of {}.",
-    "food101": "a photo of {}, a type of food.",
-    "ucf101": "a photo of a person doing {}.",
-}
-
-
-for shifted in ("shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"):
-    TEMPLATE_GROUPS[shifted] = TEMPLATE_GROUPS["shapes"]
-
-
-def template_groups(dataset):
-    """The groups of a dataset; the general ones for a folder of one's own."""
-    return TEMPLATE_GROUPS.get(dataset, GENERAL)
-
-
-def read_groups(file):
-    """Template groups of one's own: one template a line, a blank line between groups.
-
-    Raises BadInput if the file cannot be read, is empty, or has a template without {}.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read the template groups in {file}: {error}") from error
-    groups = [[]]
-    for line in map(str.strip, lines):
-        if line:
-            groups[-1].append(check_template(line))
-        else:
-            groups.append([])
-    groups = [group for group in groups if group]
-    if not groups:
-        raise BadInput(f"{file} holds no template")
-    firsts = [group[0] for group in groups]
-    for template in firsts:  # a prompt goes by the template it started from
-        if firsts.count(template) > 1:
-            raise BadInput(f"{file}: two groups start with {template!r}")
-    return groups
 
 
 def check_template(template):
@@ -167,51 +46,82 @@ def check_template(template):
     return template
 
 
-def zero_shot_template(dataset):
-    return ZERO_SHOT_TEMPLATES.get(dataset, "a photo of a {}.")
+def check_init(init):
+    """Raises BadInput unless `--init` is `template`, `random`, a template, or None."""
+    if init not in ("template", "random", None):
+        try:
+            check_template(init)
+        except BadInput as error:
+            raise BadInput(f"--init: {error}; or template, or random") from error
 
 
-# ----------------------------------------------------------------------------- hard templates
+def read_groups(file):
+    """Template groups of one's own: one template per line, a blank line between groups.
 
-SOS, EOT = 49406, 49407  # CLIP's start and end of text
+    Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
+    without {}, or two groups that start alike.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the template groups in {file}: {error}") from error
+    groups = [[]]
+    for line in map(str.strip, text.splitlines()):
+        if line:
+            groups[-1].append(check_template(line))
+        else:
+            groups.append([])
+    groups = [group for group in groups if group]
+    if not groups:
+        raise BadInput(f"{file} holds no template")
+    firsts = [group[0] for group in groups]
+    for template in firsts:  # a prompt is named by the template it started from
+        if firsts.count(template) > 1:
+            raise BadInput(f"{file}: two groups start with {template!r}")
+    return groups
 
 
-def token_ids(text):
-    """CLIP's tokens of a piece of text, without SOS and EOT. Tokens, not words: `close-up` is 3."""
-    row = clip.tokenize(text, context_length=512, truncate=True)[0]
-    return row[1 : row.argmax()].tolist()
+def all_templates(groups):
+    """The templates of all groups in one list."""
+    return [template for group in groups for template in group]
 
 
-def _check_length(model, length, text):
-    if length > model.context_length:
-        raise BadInput(
-            f"{text!r} is {length} tokens long, and this CLIP reads {model.context_length}:"
-            " shorten the class name or the template"
-        )
+def named_groups(name, dataset, one_group=False):
+    """The groups that `--groups` names: `dataset` or `auto` for the dataset's own, else a file's.
+
+    one_group: all of them in one. Raises BadInput as `read_groups` does.
+    """
+    groups = template_groups(dataset) if name in ("dataset", "auto") else read_groups(name)
+    return [all_templates(groups)] if one_group else groups
 
 
-def _check_words(known, ids, text):
-    """Raises BadInput, naming the word, if a token of `text` has no embedding."""
-    if not known[ids].all():
-        words = re.findall(r"[\w'-]+|\S", text)
-        unknown = next((w for w in words if not known[token_ids(w)].all()), text)
-        raise BadInput(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
+def find_groups(clip_model, groups, class_names, n_groups=0):
+    """`--groups auto`: the templates of `groups`, grouped by how alike CLIP finds them.
+
+    n_groups: how many; 0 for as many as set them apart best. Prints what it finds.
+    Raises BadInput for more groups than templates.
+    """
+    templates = all_templates(groups)
+    if n_groups > len(templates):
+        raise BadInput(f"--n-groups {n_groups} is above the number of templates, {len(templates)}")
+    features = template_features(clip_model, templates, class_names)
+    groups = group_templates(templates, features, n_groups)
+    print("groups found: " + " | ".join(", ".join(group) for group in groups))
+    return groups
 
 
-def _known_tokens(model):
-    """Which tokens have an embedding: (vocabulary,) bool. All of them, but for the bundled CLIP."""
-    return ~model.token_embedding.weight.isnan().any(dim=1)
+# -------------------------------------------------------------------------------- hard prompts
 
 
 @torch.no_grad()
-def template_features(model, templates, class_names, chunk=CHUNK):
-    """Every template with every class name, as CLIP reads it: (T, C, D), normalised.
+def template_features(clip_model, templates, class_names, chunk=CHUNK):
+    """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template brings it or not.
     chunk: how many are encoded at a time.
     Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
     """
-    known = _known_tokens(model)
+    known = known_tokens(clip_model)
     sentences = []  # [template][class]: tokens
     for template in templates:
         sentence = check_template(template).strip().rstrip(".") + "."
@@ -219,13 +129,10 @@ def template_features(model, templates, class_names, chunk=CHUNK):
         for name in class_names:
             text = sentence.replace("{}", name)
             tokens = [SOS, *token_ids(text), EOT]
-            _check_length(model, len(tokens), text)
-            _check_words(known, tokens, text)
+            check_length(clip_model, len(tokens), text)
+            check_words(known, tokens, text)
             sentences[-1].append(tokens)
-    table = model.token_embedding.weight
-    rows = pack(sentences, table.shape[1], table.device)
-    features = encode_sentences(model, table, rows, len(templates) * len(class_names), chunk)
-    return F.normalize(features, dim=-1).view(len(templates), len(class_names), -1)
+    return F.normalize(Sentences(clip_model, sentences).encode(clip_model, chunk=chunk), dim=-1)
 
 
 def hard_prototypes(features, groups):
@@ -238,23 +145,33 @@ def hard_prototypes(features, groups):
     return F.normalize(torch.stack([f.mean(dim=0) for f in split]), dim=-1)
 
 
-# ------------------------------------------------------------------------------- soft prompts
+def untrained_classifiers(clip_model, dataset, class_names, features):
+    """CLIP as it is, the baselines that learn nothing: {"zeroshot": Probe, "ensemble": Probe}.
+
+    zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
+    templates' features (T, C, D) averaged and normalised.
+    """
+    one = template_features(clip_model, [row_of(dataset).zero_shot], class_names)[0]
+    mean = F.normalize(features.mean(dim=0), dim=-1)
+    return {"zeroshot": Probe(class_names, one), "ensemble": Probe(class_names, mean)}
+
+
+# -------------------------------------------------------------------------------- soft prompts
 
 
 class SoftPrompts(nn.Module):
-    """One learnable prompt a template: its words become vectors, the class name stays itself.
+    """One learnable prompt per template: its words become vectors, the class name stays itself.
 
         "a photo of a {}, a type of flower."
          v v     v  v name v v   v    v          v: a context vector, shared by all classes
 
     SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
-    (the hard templates keep theirs). The parameters know
-    nothing of the classes: `set_classes` lays the prompts out for any names, also for classes
-    that training never saw.
+    (hard prompts keep theirs). The parameters know nothing of the classes: `set_classes` takes any
+    names, also of classes that training never saw.
     """
 
-    def __init__(self, model, templates, init="template"):
-        """model: a `clip.model.CLIP`. templates: one string a prompt, each with one {}.
+    def __init__(self, clip_model, templates, init="template"):
+        """clip_model: a `clip.model.CLIP`. templates: one string per prompt, each with one {}.
         init: what the context starts from: each prompt's own `template`, `random` (16 vectors
         before the name, as in CoOp), or a template for all of them.
 
@@ -262,88 +179,53 @@ class SoftPrompts(nn.Module):
         """
         super().__init__()
         self.templates = list(templates)
-        self.starts = self.templates if init == "template" else [init] * len(self.templates)
-        # Made by `set_classes` on the device of its CLIP (so after any `.to`):
-        self.frozen = None  # (R, W): embeddings of SOS, EOT and the names' tokens
-        self.rows = None  # encoder.Rows: all prompts with all names, as indices into the table
-        self.shape = None  # (G, C)
-        known = _known_tokens(model)
+        self.sentences = None  # of `set_classes`: every prompt with every class name
+        known, embeddings = known_tokens(clip_model), clip_model.token_embedding.weight
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
-        for start in self.starts:
+        for template in self.templates:
             if init == "random":
-                vectors = 0.02 * torch.randn(16, model.token_embedding.weight.shape[1])
-                self.context_before.append(nn.Parameter(vectors))
-                self.context_after.append(nn.Parameter(vectors[:0].clone()))
-                continue
-            before, after = check_template(start).strip().rstrip(".").split("{}")
-            for text, contexts in ((before, self.context_before), (after, self.context_after)):
-                ids = torch.tensor(token_ids(text), dtype=torch.long)
-                _check_words(known, ids, text)
-                vectors = model.token_embedding.weight[ids].detach().float().clone()
-                contexts.append(nn.Parameter(vectors))  # (number of tokens, W), maybe none
+                before = 0.02 * torch.randn(16, embeddings.shape[1])
+                after = before[:0]
+            else:
+                start = template if init == "template" else init
+                halves = check_template(start).strip().rstrip(".").split("{}")
+                ids = [torch.tensor(token_ids(half), dtype=torch.long) for half in halves]
+                for half, tokens in zip(halves, ids):
+                    check_words(known, tokens, half)
+                before, after = (embeddings[tokens].detach().float() for tokens in ids)
+            self.context_before.append(nn.Parameter(before.clone()))  # (tokens, W)
+            self.context_after.append(nn.Parameter(after.clone()))  # (tokens, W), often none
 
-    def set_classes(self, model, class_names):
-        """Lays out every prompt with every class name.
-
-        All vectors that occur stand in one table: first the frozen ones, then each prompt's
-        context. A sentence is then a list of indices into that table, and laying out G x C of them
-        is one look-up, differentiable in the context.
+    def set_classes(self, clip_model, class_names):
+        """Puts every class name into every prompt.
 
         Raises BadInput for a name that makes a prompt too long or has no embedding.
         """
-        known = _known_tokens(model)
+        known = known_tokens(clip_model)
         names = [token_ids(name) for name in class_names]
         for text, name in zip(class_names, names):
-            _check_words(known, name, text)
-        frozen = [SOS, EOT, *sorted({token for name in names for token in name})]
-        index = {token: i for i, token in enumerate(frozen)}
-        sentences, after = [], len(frozen)  # [prompt][class]: indices
-        for start, context_before, context_after in zip(
-            self.starts, self.context_before, self.context_after
-        ):
-            before, middle = after, after + len(context_before)
-            after = middle + len(context_after)
-            sentences.append([])
-            for text, name in zip(class_names, names):
-                name = [index[token] for token in name]
-                sentence = [
-                    index[SOS],
-                    *range(before, middle),
-                    *name,
-                    *range(middle, after),
-                    index[EOT],
-                ]
-                _check_length(model, len(sentence), f"the prompt {start!r} with {text!r}")
-                sentences[-1].append(sentence)
-        self.shape = len(self.templates), len(class_names)
-        weight = model.token_embedding.weight
-        self.frozen = weight[frozen].float()
-        self.rows = pack(sentences, weight.shape[1], weight.device)
+            check_words(known, name, text)
+        prompts, ids = [], count(LEARNED)  # ids of the vectors in the order of `context()`
+        for template, *contexts in zip(self.templates, self.context_before, self.context_after):
+            before, after = ([next(ids) for _ in vectors] for vectors in contexts)
+            prompts.append([[SOS, *before, *name, *after, EOT] for name in names])
+            for text, sentence in zip(class_names, prompts[-1]):
+                check_length(clip_model, len(sentence), f"the prompt {template!r} with {text!r}")
+        self.sentences = Sentences(clip_model, prompts)
 
     def context(self):
-        """All context vectors, prompt by prompt, as they follow `frozen` in the table: (V, W)."""
+        """All context vectors, prompt by prompt: (V, W)."""
         return torch.cat([*chain(*zip(self.context_before, self.context_after))])
 
-    def text_features(self, model, bias=None, shift=None, only=None, chunk=CHUNK):
+    def text_features(self, clip_model, bias=None, shift=None, only=None, chunk=CHUNK):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
         bias: None or (1, D), one vector added to all features before normalising (LASP's
         correction). shift: None or (B, W), added to all context vectors, one for each image as in
-        CoCoOp; the result is then (B, G, C, D). only: None or (G,) bool, the prompts that somebody
-        will read; the others are not computed, and what stands in their place is meaningless.
-        chunk: see `encoder.encode_sentences`.
+        CoCoOp; the result is then (B, G, C, D). only: None or (G,) bool, the prompts to encode;
+        what stands in the place of the others is meaningless. chunk: how many prompts x classes
+        are encoded at a time.
         """
-        context = self.context()
-        rows = self.rows if only is None else self.rows[only[self.rows.prompt]]
-        n_sentences, shape = math.prod(self.shape), self.shape
-        if shift is None:
-            table = torch.cat([self.frozen, context])
-        else:  # a table for each image, one after the other
-            frozen = self.frozen.expand(len(shift), -1, -1)
-            table = torch.cat([frozen, context + shift[:, None]], dim=1).flatten(0, 1)
-            rows = rows.repeat(len(shift), len(table) // len(shift), n_sentences)
-            n_sentences, shape = len(shift) * n_sentences, (len(shift), *shape)
-        features = encode_sentences(model, table, rows, n_sentences, chunk)
-        if bias is not None:
-            features = features + bias
-        return F.normalize(features, dim=-1).view(*shape, -1)
+        context = self.context() if shift is None else self.context() + shift[:, None]
+        features = self.sentences.encode(clip_model, context, only, chunk)
+        return F.normalize(features if bias is None else features + bias, dim=-1)

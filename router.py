@@ -4,32 +4,37 @@ For every image the router scores all G prompts from the image feature (one line
 the K best and turns their scores into weights. The class text features of those K prompts,
 averaged with the weights, classify the image.
 
-What is a good choice? The hard prompts know: a prompt group whose *hard* prototype of the image's
-own class is most like the image describes it best. `gate_target` turns that into the soft target
-of the gate loss (hard-prompt-guided gating).
+What is a good choice? The hard prompts know: the group whose hard prototype of the image's *own*
+class is most like the image describes it best. `gate_target` turns that into the soft target
+of the gate loss (hard-prompt-guided gating). No label of the image's style is needed.
 
-Letters in shapes: B images, C classes, G prompts, K prompts used an image, D feature width.
+Letters in shapes: B images, C classes, G prompts, K prompts used per image, D feature width.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+KINDS = "trained", "frozen", "uniform"
+
 
 class Router(nn.Module):
     """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011).
 
-    kind: `trained`; for ablations also `frozen`, which stays as it was drawn, and `uniform`, which
+    kind: `trained`; for ablations also `frozen`, which keeps its random start, and `uniform`, which
     has no gate and gives every image the plain average of all prompts.
+    Raises ValueError for any other kind.
     """
 
     def __init__(self, width, n_prompts, top_k, kind="trained"):
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"no router of the kind {kind!r}: {', '.join(KINDS)}")
         self.n_prompts = n_prompts
         self.top_k = n_prompts if kind == "uniform" else top_k
         self.gate = None
         if kind != "uniform":
-            self.gate = nn.Linear(width, n_prompts).requires_grad_(kind == "trained")
+            self.gate = nn.Linear(width, n_prompts).requires_grad_(kind != "frozen")
 
     def forward(self, image_features):
         """(B, D) -> gate_logits (B, G), weights (B, G).
@@ -56,11 +61,9 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
     instead of (B, C, D).
 
     image_features (B, D) and text_features (G, C, D) normalised, weights (B, G), logit_scale the
-    factor itself (CLIP's 100), not its logarithm. Returns (B, C). Text features that depend on the
-    image are (B, G, C, D).
+    factor itself (CLIP's 100), not its logarithm. Returns (B, C).
     """
-    of_image = "b" if text_features.dim() == 4 else ""
-    similarities = torch.einsum(f"bd,{of_image}gcd->bgc", image_features, text_features)
+    similarities = torch.einsum("...d,...gcd->...gc", image_features, text_features)  # (B, G, C)
     return logit_scale * torch.einsum("bg,bgc->bc", weights, similarities)
 
 
@@ -77,7 +80,6 @@ def gate_target(image_features, prototypes, labels, top_k):
     """
     own_class = prototypes[:, labels]  # (G, B, D): each image's own class, no other
     similarities = torch.einsum("bd,gbd->bg", image_features, own_class)
-    boosted = similarities.scatter_add(
-        -1, similarities.topk(top_k, dim=-1).indices, torch.full_like(similarities, 10.0)
-    )
-    return F.softmax(boosted, dim=-1)
+    best = similarities.topk(top_k, dim=-1).indices  # (B, K)
+    boost = torch.zeros_like(similarities).scatter(-1, best, 10.0)
+    return F.softmax(similarities + boost, dim=-1)

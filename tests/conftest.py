@@ -10,8 +10,8 @@ import torch
 from clip.model import CLIP
 from PIL import Image
 
-import features
 import train
+from lib import flags, images
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def outside_world(cache, monkeypatch):
     """No test reads or writes the user's feature cache, or reaches the network."""
-    monkeypatch.setattr(features, "CACHE", cache)
+    monkeypatch.setattr(images, "CACHE", cache)
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -77,6 +77,11 @@ def eurosat(tmp_path_factory):
     return root
 
 
+def parse(args):
+    """The flags of a command line of train.py."""
+    return flags.make_parser("", train.FLAGS, train.METHODS).parse_args(list(map(str, args)))
+
+
 @pytest.fixture
 def run_train(tmp_path):
     """Runs train.py in this process: `run_train("--shots 4 --out", path)` -> result.json."""
@@ -85,7 +90,7 @@ def run_train(tmp_path):
         args = [*flags.split(), *map(str, more)]
         if "--out" not in args:
             args += ["--out", str(tmp_path / "run")]
-        config, groups, folder, resume = train.resolve(train.make_parser().parse_args(args))
+        config, groups, folder, resume = train.resolve(parse(args))
         train.train(config, groups, folder, resume)
         return json.loads((folder / "result.json").read_text())
 

@@ -1,14 +1,15 @@
-"""What bench.py compares: ways that compute the same, and counts that were worked out by hand."""
+"""What tools/bench.py compares: ways that compute the same, and counts worked out by hand."""
 
 import pytest
 import torch
 
-import bench
+from tools import bench
+from tools.steps import Setting
 
 
 @pytest.fixture(scope="module")
 def setting():
-    return bench.Setting("shapes", torch.device("cpu"))
+    return Setting("shapes", torch.device("cpu"))
 
 
 def test_all_ways_take_the_same_step(setting):

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from conftest import HERE
 from torchvision.datasets.utils import calculate_md5
 
-import data
-from backbone import BadInput
 from data import Item, Split, few_shot, load_split, select_classes
+from lib import fetch
+from lib.catalogue import DATASETS
+from lib.errors import BadInput
 
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
 
@@ -174,13 +176,13 @@ def use_server(monkeypatch, folder, address, drive=None, counts=(80, 50, 30), md
     """Points the table's row at the server, and Google Drive at `drive`, a function."""
     md5 = md5 or calculate_md5(folder / "EuroSAT.zip")
     archive = (f"{address}/EuroSAT.zip", md5)
-    row = data.replace(data.DATASETS["eurosat"], archive=archive, counts=counts)
-    monkeypatch.setitem(data.DATASETS, "eurosat", row)
+    row = replace(DATASETS["eurosat"], archive=archive, counts=counts)
+    monkeypatch.setitem(DATASETS, "eurosat", row)
 
     def no_network(*args):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "download_file_from_google_drive", drive or no_network)
+    monkeypatch.setattr(fetch, "download_file_from_google_drive", drive or no_network)
 
 
 def test_eurosat_and_its_split_are_fetched_into_the_fields_layout(
@@ -200,7 +202,7 @@ def test_eurosat_and_its_split_are_fetched_into_the_fields_layout(
 
 def test_a_damaged_archive_is_never_half_used(server, tmp_path, monkeypatch):
     use_server(monkeypatch, *server, md5="0" * 32)
-    with pytest.raises(BadInput, match="no images at .*2750, and fetching .*EuroSAT.zip failed"):
+    with pytest.raises(BadInput, match="no images at .*2750, and downloading .*EuroSAT.zip failed"):
         load_split("eurosat", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -1,23 +1,25 @@
 """All layouts of the table, folders of one's own, and what is fetched."""
 
+import gzip
 import json
+import os
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import draw_image
+from conftest import HERE, draw_image
 from PIL import Image
 
-import data
 import eval
-from backbone import BadInput
-from data import few_shot, load_split, open_image, select_classes
-from prompts import template_groups
+from data import few_shot, load_split, select_classes
+from lib import fetch
+from lib.catalogue import DATASETS, template_groups
+from lib.errors import BadInput
 
-SHARED = Path(__file__).parents[2] / "shared"
-SPLIT_DATASETS = [name for name, row in data.DATASETS.items() if row.split]
+SPLIT_DATASETS = [name for name, row in DATASETS.items() if row.split]
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
 NAMES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark"]
@@ -85,13 +87,13 @@ def make_layout(root, dataset):
             (root / VARIANT_ROOTS[dataset] / "README.txt").write_text("not a class")
 
 
-@pytest.mark.parametrize("dataset", data.DATASETS)
+@pytest.mark.parametrize("dataset", [d for d, row in DATASETS.items() if row.layout != "world"])
 def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_file, monkeypatch):
     root = tmp_path / "data"
     make_layout(root, dataset)
-    if data.DATASETS[dataset].counts:  # as if the field's split were this short
-        row = data.replace(data.DATASETS[dataset], counts=(15, 10, 10))
-        monkeypatch.setitem(data.DATASETS, dataset, row)
+    if DATASETS[dataset].counts:  # as if the field's split were this short
+        row = replace(DATASETS[dataset], counts=(15, 10, 10))
+        monkeypatch.setitem(DATASETS, dataset, row)
     split = load_split(dataset, root)
     assert split.source == "coop" and len(split.class_names) == 5
     n_train = 0 if dataset in VARIANTS else 15
@@ -171,38 +173,48 @@ def test_what_cannot_be_fetched_is_explained_with_the_tree_expected(dataset, tmp
     with pytest.raises(BadInput) as error:
         load_split(dataset, tmp_path)
     said = str(error.value)
-    assert "cannot be fetched: put there" in said and "*" in said or "CoOp" in said
+    assert "cannot be downloaded: put there" in said and "*" in said or "CoOp" in said
     assert str(tmp_path) in said and "\n" not in said
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------- the field's files, where they are
+# ----------------------------------------------------------------------------- the field's files
+# `field_splits.json.gz` holds what decides on samples in seven of the field's split files: class
+# names, the labels of all images in their order, and the positions of CoOp's samples for seed 1.
 
-REAL = {
-    "caltech101": ("Caltech101", "caltech101", 100),
-    "dtd": ("DescribableTextures", "dtd", 47),
-    "eurosat": ("EuroSAT", "eurosat", 10),
-    "oxford_flowers": ("OxfordFlowers", "oxford_flowers", 102),
-    "oxford_pets": ("OxfordPets", "oxford_pets", 37),
-    "stanford_cars": ("StanfordCars", "stanford_cars", 196),
-    "ucf101": ("UCF101", "ucf101", 101),
+FIELD_SPLITS = json.loads(gzip.decompress((HERE / "field_splits.json.gz").read_bytes()))
+N_CLASSES = {
+    "caltech101": 100,
+    "dtd": 47,
+    "eurosat": 10,
+    "oxford_flowers": 102,
+    "oxford_pets": 37,
+    "stanford_cars": 196,
+    "ucf101": 101,
 }
 
 
-@pytest.mark.parametrize("dataset", REAL)
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real split files are not beside this clone")
-def test_real_splits_have_their_counts_and_give_the_fields_samples(dataset):
-    name, sample, n_classes = REAL[dataset]
-    row = data.DATASETS[dataset]
-    split = data._read_split(dataset, row, SHARED / "splits")
-    assert row.split == f"split_zhou_{name}.json"
-    assert (len(split.train), len(split.val), len(split.test)) == row.counts
-    assert len(split.class_names) == n_classes and not any("_" in n for n in split.class_names)
-    expected = json.loads((SHARED / f"fewshot/{sample}_seed1.json").read_text())
-    for shots in ("1", "4", "16"):
+@pytest.mark.parametrize("dataset", N_CLASSES)
+def test_real_splits_have_their_counts_and_give_the_fields_samples(dataset, tmp_path, monkeypatch):
+    real, row = FIELD_SPLITS[dataset], DATASETS[dataset]
+    images = [f"{row.images}/".lstrip("/") + part for part in ("train", "val", "test")]
+    content = {
+        part: [[f"{part}/{i}.jpg", label, real["names"][label]] for i, label in enumerate(labels)]
+        for part, labels in real["labels"].items()
+    }
+    (tmp_path / row.folder / row.images).mkdir(parents=True)
+    (tmp_path / row.folder / row.split).write_text(json.dumps(content))
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)  # tens of thousands of images
+    split = load_split(dataset, tmp_path)
+    assert split.samples == split.source == "coop"  # its counts are the catalogue's
+    assert len(split.class_names) == N_CLASSES[dataset]
+    assert not any("_" in name for name in split.class_names)
+    for shots, expected in real["samples"].items():
         drawn = few_shot(split, int(shots), 1)
-        assert [list(item) for item in drawn.train] == expected[shots]["train"]
-        assert [list(item) for item in drawn.val] == expected[shots]["val"]
+        for part, folder in zip(("train", "val"), images):
+            assert [i.path for i in getattr(drawn, part)] == [
+                f"{folder}/{position}.jpg" for position in expected[part]
+            ]
 
 
 def test_a_shortened_split_is_said_to_be_one(tmp_path, run_train, random_clip_file, capsys):
@@ -277,7 +289,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     split = load_split(str(folder), "")
     items = [i for i in split.train + split.val + split.test if i.label == 0]
     assert len(items) == 15
-    assert {open_image(split, item.path).mode for item in items} == {"RGB"}
+    assert {split.open(item.path).mode for item in items} == {"RGB"}
 
 
 def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
@@ -287,7 +299,7 @@ def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
     exif[0x0112] = 6  # rotate by 90 degrees to see it upright
     photo.save(folder / "cat/turned.jpg", exif=exif)
     split = load_split(str(folder), "")
-    assert open_image(split, "cat/turned.jpg").size == (20, 40)
+    assert split.open("cat/turned.jpg").size == (20, 40)
 
 
 @pytest.mark.parametrize(
@@ -335,14 +347,14 @@ def serve(monkeypatch, dataset, archive, drive=None):
     """Puts `archive` and `drive`, a function, in place of the network."""
 
     def download(url, folder, name, md5):
-        assert url == data.DATASETS[dataset].archive[0]
+        assert url == DATASETS[dataset].archive[0]
         shutil.copy(archive, Path(folder, name))
 
     def refuse(*args):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "download_url", download)
-    monkeypatch.setattr(data, "download_file_from_google_drive", drive or refuse)
+    monkeypatch.setattr(fetch, "download_url", download)
+    monkeypatch.setattr(fetch, "download_file_from_google_drive", drive or refuse)
 
 
 def pack(archive, root):
@@ -372,8 +384,8 @@ def test_caltech_comes_as_an_archive_in_an_archive(tmp_path, monkeypatch):
     archive = pack(tmp_path / "caltech-101.zip", tmp_path / "zip")
     split_file = tmp_path / "whole/caltech-101/split_zhou_Caltech101.json"
     serve(monkeypatch, "caltech101", archive, drive_copying(split_file))
-    counted = data.replace(data.DATASETS["caltech101"], counts=(15, 10, 10))
-    monkeypatch.setitem(data.DATASETS, "caltech101", counted)
+    counted = replace(DATASETS["caltech101"], counts=(15, 10, 10))
+    monkeypatch.setitem(DATASETS, "caltech101", counted)
     fetched = load_split("caltech101", tmp_path / "new")
     assert fetched.train == load_split("caltech101", tmp_path / "whole").train
 
@@ -390,7 +402,7 @@ def test_without_a_split_and_class_folders_there_is_no_stand_in(tmp_path, monkey
     make_layout(tmp_path, "oxford_pets")
     (tmp_path / "oxford_pets/split_zhou_OxfordPets.json").unlink()
     serve(monkeypatch, "oxford_pets", None)
-    with pytest.raises(BadInput, match="no file .*split_zhou_OxfordPets.json, and fetching it"):
+    with pytest.raises(BadInput, match="no file .*split_zhou_OxfordPets.json, and downloading it"):
         load_split("oxford_pets", tmp_path)
 
 
@@ -411,7 +423,7 @@ def test_a_truncated_archive_is_never_half_used(tmp_path, monkeypatch):
     archive = pack(tmp_path / "dtd-r1.0.1.tar.gz", tmp_path / "tar")
     archive.write_bytes(archive.read_bytes()[:-2000])
     serve(monkeypatch, "dtd", archive)  # without its checksum, as if there were none
-    with pytest.raises(BadInput, match="no images at .*dtd.images, and fetching .* failed"):
+    with pytest.raises(BadInput, match="no images at .*dtd.images, and downloading .* failed"):
         load_split("dtd", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -447,10 +459,10 @@ def test_imagenets_class_names_are_fetched_and_counted(tmp_path, monkeypatch):
     thousand.write_text("\n".join([*names.read_text().splitlines(), *others]))
     names.rename(tmp_path / "five.txt")
     monkeypatch.setattr(
-        data, "download_file_from_google_drive", drive_copying(tmp_path / "five.txt")
+        fetch, "download_file_from_google_drive", drive_copying(tmp_path / "five.txt")
     )
     with pytest.raises(BadInput, match="it has 5 lines instead of 1000"):
         load_split("imagenet", tmp_path)
-    monkeypatch.setattr(data, "download_file_from_google_drive", drive_copying(thousand))
+    monkeypatch.setattr(fetch, "download_file_from_google_drive", drive_copying(thousand))
     assert load_split("imagenet", tmp_path).class_names == NAMES
     assert names.read_text() == thousand.read_text()

@@ -1,20 +1,22 @@
 """The text encoder on rows of sentences: the same numbers as one sentence a row, for less."""
 
+import gzip
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HERE
 
-import encoder
-from bench import one_sentence_a_row
-from encoder import encode_text, pack
-from prompts import TEMPLATE_GROUPS, SoftPrompts
+from lib import encoder
+from lib.catalogue import DATASETS
+from lib.encoder import encode_text, pack
+from prompts import SoftPrompts, all_templates
+from tools.steps import one_sentence_a_row
 
 NAMES = ["cat", "sea", "Annual Crop Land", "long-sleeved t-shirt", "red star", "red ring"]
-EVERY_TEMPLATE = sorted({t for groups in TEMPLATE_GROUPS.values() for g in groups for t in g})
+EVERY_TEMPLATE = sorted({t for row in DATASETS.values() for t in all_templates(row.templates)})
 
 
 def largest_difference(a, b):
@@ -30,9 +32,9 @@ def soft(model, templates, names=NAMES):
 def one_by_one(model, prompts):
     """The prompts' text features without sharing anything, by the plain encoder."""
     index, eot = one_sentence_a_row(prompts, model.context_length)
-    table = torch.cat([prompts.frozen, prompts.context()])
+    table = torch.cat([prompts.sentences.frozen, prompts.context()])
     features = encode_text(model, F.embedding(index, table), eot)
-    return F.normalize(features, dim=-1).view(*prompts.shape, -1)
+    return F.normalize(features, dim=-1).view(*prompts.sentences.shape, -1)
 
 
 def gradients(prompts, features):
@@ -51,18 +53,12 @@ def test_rows_give_every_template_of_every_dataset_its_own_features_and_gradient
     assert largest_difference(gradients(prompts, shared), gradients(prompts, plain)) < 1e-4
 
 
-def names_of(split):
-    entries = [e for part in json.loads(split.read_text()).values() for e in part]
-    names = dict(sorted((label, name.replace("_", " ")) for _, label, name in entries))
-    return list(names.values())
-
-
 def test_rows_give_the_real_class_names_their_own_features(random_clip):
-    splits = sorted(Path(__file__).parents[2].glob("shared/splits/split_zhou_*.json"))
-    if not splits:
-        pytest.skip("the field's split files are not beside this clone")
-    for split in splits:
-        prompts = soft(random_clip, ["a photo of a {}, a type of flower.", "{}."], names_of(split))
+    splits = json.loads(gzip.decompress((HERE / "field_splits.json.gz").read_bytes()))
+    assert len(splits) == 7
+    for split in splits.values():
+        names = [name.replace("_", " ") for name in split["names"]]
+        prompts = soft(random_clip, ["a photo of a {}, a type of flower.", "{}."], names)
         with torch.no_grad():
             shared, plain = prompts.text_features(random_clip), one_by_one(random_clip, prompts)
         assert largest_difference(shared, plain) < 1e-5
@@ -147,7 +143,7 @@ def test_in_chunks_nothing_inside_the_encoder_is_kept(random_clip):
     prompts = soft(random_clip, EVERY_TEMPLATE)
     whole = saved_bytes(lambda: prompts.text_features(random_clip))
     parts = saved_bytes(lambda: prompts.text_features(random_clip, chunk=30))
-    features = prompts.shape[0] * prompts.shape[1] * 64 * 4
+    features = prompts.sentences.shape[0] * prompts.sentences.shape[1] * 64 * 4
     assert whole > 20 * features
     assert parts < 8 * features
 

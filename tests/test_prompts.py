@@ -1,17 +1,18 @@
 """Templates, hard prototypes, soft prompts, and the text encoder."""
 
 import json
-from pathlib import Path
 
 import clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HERE
 
-import encoder
 import prompts
-from backbone import BadInput
-from encoder import encode_text
+from lib import encoder
+from lib.catalogue import template_groups
+from lib.encoder import encode_text
+from lib.errors import BadInput
 from prompts import SoftPrompts, hard_prototypes, template_features
 
 NAMES = ["cat", "Annual Crop Land", "long-sleeved t-shirt"]
@@ -179,14 +180,20 @@ def test_template_groups_have_the_published_sizes():
         "ucf101": [1, 1, 1, 1, 4, 2],
     }
     for dataset, expected in sizes.items():
-        assert [len(group) for group in prompts.template_groups(dataset)] == expected
+        assert [len(group) for group in template_groups(dataset)] == expected
     for variant in ("imagenet_a", "imagenet_r", "imagenet_sketch"):
-        assert prompts.template_groups(variant) == prompts.template_groups("imagenetv2")
+        assert template_groups(variant) == template_groups("imagenetv2")
 
 
-def test_template_groups_equal_the_published_file():
-    file = Path(__file__).parents[2] / "shared/templates.json"
-    if not file.is_file():
-        pytest.skip("the published list is not beside this clone")
-    for dataset, groups in json.loads(file.read_text()).items():
-        assert prompts.template_groups(dataset) == groups
+def test_template_groups_are_the_published_ones():
+    published = json.loads((HERE / "templates.json").read_text())
+    assert len(published) == 15
+    for dataset, groups in published.items():
+        assert template_groups(dataset) == groups
+
+
+def test_the_groups_shown_at_the_top_of_the_file_are_eurosats():
+    shown = prompts.__doc__.split("as published:")[1].split("(Those of all")[0]
+    shown = shown.replace("(one group of four)", "")
+    templates = [t.strip() for line in shown.splitlines() for t in line.split("  ") if t.strip()]
+    assert templates == prompts.all_templates(template_groups("eurosat"))

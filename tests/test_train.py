@@ -1,4 +1,4 @@
-"""Training, end to end: the embedded world, EuroSAT's files, resuming, and what is refused."""
+"""Training, end to end: the built-in world, EuroSAT's files, resuming, and what is refused."""
 
 import json
 import math
@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import parse
 
 import train
-from backbone import BadInput
 from data import few_shot, load_split
+from lib.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = ["checkpoint.pt", "result.json", "router.png"]
@@ -83,9 +84,9 @@ def test_eurosat_trains_from_its_files_with_either_kind_of_clip(
     used = []
     encode = train.image_features
 
-    def spy(model, fingerprint, split, items, *rest):
+    def spy(clip_model, fingerprint, split, items, *rest, **options):
         used.append(items)
-        return encode(model, fingerprint, split, items, *rest)
+        return encode(clip_model, fingerprint, split, items, *rest, **options)
 
     monkeypatch.setattr(train, "image_features", spy)
     flags = f"--dataset eurosat --shots 4 --epochs 2 --data {eurosat} --out"
@@ -104,7 +105,7 @@ def test_zero_shot_and_ensemble_are_clips_own(run_train, eurosat, random_clip_fi
     import clip
     from PIL import Image
 
-    from prompts import template_groups
+    from lib.catalogue import template_groups
 
     result = run_train(f"--dataset eurosat --epochs 1 --data {eurosat} --clip {random_clip_file}")
     split = load_split("eurosat", eurosat)
@@ -182,7 +183,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
 
 def test_the_learning_rate_grows_with_the_batch():
     def lr(*flags):
-        return train.resolve(train.make_parser().parse_args(flags))[0]["lr"]
+        return train.resolve(parse(flags))[0]["lr"]
 
     assert lr() == 0.032
     assert math.isclose(lr("--batch-size", "64"), 0.064)
@@ -201,7 +202,7 @@ def test_the_last_incomplete_batch_is_dropped_if_there_is_a_full_one(run_train, 
 
 
 def folder_of(*flags):
-    return str(train.resolve(train.make_parser().parse_args(flags))[2])
+    return str(train.resolve(parse(flags))[2])
 
 
 def test_a_run_is_named_after_what_it_is():
@@ -400,8 +401,8 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
 
 def test_result_json_has_the_documented_keys(run_train):
     result = run_train("--shots 1 --epochs 1")
-    expected = """dataset classes shots seed method clip n_prompts top_k n_classes n_train n_test
-        split few_shot_samples accuracy zero_shot_accuracy ensemble_accuracy val_accuracy
+    expected = """dataset classes shots seed method label changed_flags clip n_prompts top_k
+        n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy ensemble_accuracy val_accuracy
         per_class_accuracy prompt_usage prompt_usage_by_epoch router train_seconds config"""
     assert sorted(result) == sorted(expected.split())
     assert json.loads(json.dumps(result)) == result

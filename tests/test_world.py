@@ -1,28 +1,30 @@
-"""The embedded world: the same everywhere, and a CLIP that fits it."""
+"""The built-in world: the same everywhere, and a CLIP that fits it."""
 
 import numpy as np
 import pytest
 import torch
 
-import shapes
-from backbone import TINY_CLIP, load_clip
-from data import load_split, open_image
-from prompts import template_features, template_groups
+from data import load_split
+from lib import world
+from lib.catalogue import template_groups
+from lib.clip_model import TINY_CLIP, load_clip
+from prompts import template_features
+from tools import make_world
 
 SHIFTED = ["shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"]
 
 
 def test_there_are_160_classes_of_which_20_are_downstream():
-    assert len(shapes.CLASSES) == len(set(shapes.CLASSES)) == 160
-    assert len(shapes.DOWNSTREAM) == 20 and set(shapes.DOWNSTREAM) <= set(shapes.CLASSES)
-    assert sorted(shapes.DOWNSTREAM) == shapes.DOWNSTREAM
+    assert len(world.CLASSES) == len(set(world.CLASSES)) == 160
+    assert len(world.DOWNSTREAM) == 20 and set(world.DOWNSTREAM) <= set(world.CLASSES)
+    assert sorted(world.DOWNSTREAM) == world.DOWNSTREAM
 
 
 def test_every_style_has_a_template_group():
     groups = template_groups("shapes")
-    assert len(groups) == len(shapes.STYLES)
+    assert len(groups) == len(world.STYLES)
     words = ["photo", "large", "small", "many", "sketch", "pixelated", "blurry", "dark"]
-    for style, group, word in zip(shapes.STYLES, groups, words):
+    for style, group, word in zip(world.STYLES, groups, words):
         assert style == word and any(word in template for template in group)
 
 
@@ -30,14 +32,14 @@ def test_the_few_shot_dataset_has_its_lists():
     split = load_split("shapes", "anywhere")
     assert (len(split.train), len(split.val), len(split.test)) == (20 * 64, 20 * 24, 20 * 120)
     assert len({item.path for item in split.train + split.val + split.test}) == 20 * 208
-    for style in shapes.STYLES:
-        assert sum(shapes.style_of(item.path) == style for item in split.test) == 20 * 15
+    for style in world.STYLES:
+        assert sum(world.style_of(item.path) == style for item in split.test) == 20 * 15
 
 
 @pytest.mark.parametrize("dataset", SHIFTED)
 def test_shifted_test_sets_have_the_same_classes_and_nothing_to_train_on(dataset):
     split = load_split(dataset, "anywhere")
-    assert split.class_names == shapes.DOWNSTREAM
+    assert split.class_names == world.DOWNSTREAM
     assert split.train == split.val == []
     assert len(split.test) == 20 * 120
 
@@ -46,16 +48,16 @@ def test_shifted_test_sets_have_the_same_classes_and_nothing_to_train_on(dataset
 def test_an_image_is_drawn_from_its_name_alone(dataset):
     split = load_split(dataset, "anywhere")
     for item in split.test[::400]:
-        image = open_image(split, item.path)
+        image = split.open(item.path)
         assert image.size == (32, 32) and image.mode == "RGB"
-        assert np.array_equal(image, open_image(split, item.path))
-    first, second = (np.asarray(open_image(split, item.path)) for item in split.test[:2])
+        assert np.array_equal(image, split.open(item.path))
+    first, second = (np.asarray(split.open(item.path)) for item in split.test[:2])
     assert not np.array_equal(first, second)
 
 
 def test_shifted_test_sets_differ_from_the_world_they_were_trained_in():
     drawn = [
-        np.asarray(shapes.draw("red", "star", shapes.DATASETS[dataset][0], "test/000", dataset))
+        np.asarray(world.draw("red", "star", world.DATASETS[dataset][0], "test/000", dataset))
         for dataset in ["shapes", *SHIFTED]
     ]
     for i, image in enumerate(drawn):
@@ -63,10 +65,10 @@ def test_shifted_test_sets_differ_from_the_world_they_were_trained_in():
 
 
 def test_a_red_star_is_red_and_a_ring_has_a_hole():
-    star = np.asarray(shapes.draw("red", "star", "large", 0)).astype(int)
+    star = np.asarray(world.draw("red", "star", "large", 0)).astype(int)
     middle = star[14:18, 14:18].mean((0, 1))
     assert middle[0] > middle[1] + 80 and middle[0] > middle[2] + 80
-    ring = np.asarray(shapes.draw("blue", "ring", "large", 0)).astype(int)
+    ring = np.asarray(world.draw("blue", "ring", "large", 0)).astype(int)
     blueness = ring[..., 2] - ring[..., 0]
     assert blueness[14:18, 14:18].mean() < 20 < blueness.max()
 
@@ -78,24 +80,24 @@ def test_the_bundled_clip_is_small_and_knows_only_the_worlds_words():
     assert 40 <= known.sum() <= 60
     # every template of the world with every one of its 160 classes can be read
     templates = [template for group in template_groups("shapes") for template in group]
-    assert template_features(model, templates, shapes.CLASSES).shape == (len(templates), 160, 128)
+    assert template_features(model, templates, world.CLASSES).shape == (len(templates), 160, 128)
     state = torch.load(TINY_CLIP, weights_only=True)
     assert all(v.dtype == torch.float16 for k, v in state.items() if k != "token_ids")
 
 
 def test_the_sheet_shows_every_style_and_shifted_set(tmp_path):
-    shapes.draw_sheet(tmp_path / "sheet.png")
+    make_world.draw_sheet(tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
 def test_training_its_clip_lowers_the_loss_and_saves_what_can_be_loaded(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(shapes, "TINY_CLIP", tmp_path / "assets/tiny_clip.pt")
+    monkeypatch.setattr(make_world, "TINY_CLIP", tmp_path / "assets/tiny_clip.pt")
     for name, value in {"IMAGES_PER_STYLE": 1, "BATCH": 64, "STEPS": 25, "WARM_UP": 2}.items():
-        monkeypatch.setattr(shapes, name, value)
-    monkeypatch.setattr(shapes.multiprocessing, "Pool", _OneProcess)
-    shapes.train_clip()
+        monkeypatch.setattr(make_world, name, value)
+    monkeypatch.setattr(make_world.multiprocessing, "Pool", _OneProcess)
+    make_world.train_clip()
     losses = [
         float(line.split()[3]) for line in capsys.readouterr().out.splitlines() if "loss" in line
     ]

@@ -13,15 +13,15 @@ import torch
 from conftest import draw_image
 from PIL import Image
 
-import features
-from backbone import BadInput
 from data import load_split
-from features import image_features
+from lib import images
+from lib.errors import BadInput
+from lib.images import image_features
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(images, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -36,17 +36,17 @@ def own_eurosat(eurosat, tmp_path):
 
 def test_the_test_transform_is_clips_own():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
-    assert torch.equal(features.test_transform(32)(image), clip.clip._transform(32)(image))
+    assert torch.equal(images.test_transform(32)(image), clip.clip._transform(32)(image))
 
 
 def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
     split = load_split("eurosat", eurosat)
-    transform = features.train_transform(32)
+    transform = images.train_transform(32)
     path, other = split.train[0].path, split.train[1].path
 
     def view(path, number):
         torch.manual_seed(random.randrange(1000))  # whatever else the run drew
-        return features._Preprocessed(split, transform, [(path, number)])[0]
+        return images._Preprocessed(split, transform, [(path, number)])[0]
 
     assert torch.equal(view(path, 3), view(path, 3))
     assert not torch.equal(view(path, 3), view(path, 4))
@@ -66,8 +66,8 @@ def test_features_are_clips_own_and_normalised(eurosat, random_clip, capsys):
     split = load_split("eurosat", eurosat)
     ours, _ = encode(random_clip, split, split.test, capsys)
     preprocess = clip.clip._transform(32)
-    images = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
-    theirs = random_clip.encode_image(torch.stack(images))
+    preprocessed = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
+    theirs = random_clip.encode_image(torch.stack(preprocessed))
     theirs = theirs / theirs.norm(dim=-1, keepdim=True)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_another_clip_shares_nothing(eurosat, random_clip, capsys):
 def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, random_clip, capsys, damage):
     split = load_split("eurosat", eurosat)
     before, _ = encode(random_clip, split, split.test, capsys)
-    (shard,) = features.CACHE.rglob("*.npz")
+    (shard,) = images.CACHE.rglob("*.npz")
     content = bytearray(shard.read_bytes())
     if damage == "cut":
         content = content[:-300]
@@ -125,17 +125,17 @@ def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, random_clip, 
 
 
 def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, monkeypatch):
-    monkeypatch.setattr(features, "SHARD", 8)
+    monkeypatch.setattr(images, "SHARD", 8)
     split = load_split("eurosat", eurosat)
     calls = []
 
-    def encode_and_crash(model, images):
-        calls.append(len(images))
+    def encode_and_crash(clip_model, batch):
+        calls.append(len(batch))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return model.visual(images)
+        return clip_model.visual(batch)
 
-    monkeypatch.setitem(features.BATCH, "cpu", 8)
+    monkeypatch.setitem(images.BATCH, "cpu", 8)
     monkeypatch.setattr(type(random_clip), "encode_image", encode_and_crash)
     with pytest.raises(KeyboardInterrupt):
         encode(random_clip, split, split.test, capsys)
@@ -145,7 +145,7 @@ def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, m
 
 
 def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, random_clip, capsys, monkeypatch):
-    monkeypatch.setattr(features, "CACHE", Path(os.devnull) / "cache")
+    monkeypatch.setattr(images, "CACHE", Path(os.devnull) / "cache")
     split = load_split("eurosat", eurosat)
     found, said = encode(random_clip, split, split.test, capsys)
     assert len(found) == 30 and "features are not cached" in said
@@ -173,7 +173,7 @@ def test_features_do_not_depend_on_what_was_cached_before(
 ):
     split = load_split("eurosat", eurosat)
     together = image_features(random_clip, "x", split, split.test)
-    monkeypatch.setattr(features, "CACHE", tmp_path / "another")
+    monkeypatch.setattr(images, "CACHE", tmp_path / "another")
     image_features(random_clip, "x", split, split.test[::3])  # other neighbours in the batch
     assert torch.equal(image_features(random_clip, "x", split, split.test), together)
 
@@ -197,4 +197,4 @@ def test_two_runs_may_share_a_cache_at_the_same_time(eurosat, random_clip, capsy
     assert "30 features from the cache, 0 to encode" in capsys.readouterr().out
     for start, part in zip((0, 5, 10, 0), found):
         assert torch.equal(part, together[start : start + 20])
-    assert not list(features.CACHE.rglob("*.tmp"))
+    assert not list(images.CACHE.rglob("*.tmp"))

@@ -1,4 +1,4 @@
-"""`--groups auto`: template groups found by clustering, where there is nobody to sort them by hand.
+"""`--groups auto`: template groups found by clustering instead of by hand.
 
 Two templates are alike if CLIP's text encoder says so: their features with the same class name,
 compared for every class. Groups are merged pair by pair, nearest first (average linkage), and the
@@ -8,12 +8,12 @@ number of groups is the one with the best silhouette, or the one that was asked 
 import torch
 
 
-def distances(hard_features):
+def distances(features):
     """How unlike templates are: 1 - cosine, after taking out what all templates of a class share,
     averaged over classes. (T, C, D) -> (T, T)."""
-    centred = hard_features - hard_features.mean(dim=0)
+    centred = features - features.mean(dim=0)
     centred = torch.nn.functional.normalize(centred, dim=-1)
-    return 1 - torch.einsum("tcd,ucd->tu", centred, centred) / hard_features.shape[1]
+    return 1 - torch.einsum("tcd,ucd->tu", centred, centred) / features.shape[1]
 
 
 def clusters(distance, n):
@@ -42,12 +42,12 @@ def silhouette(distance, groups):
     return sum(scores) / len(scores)
 
 
-def group_templates(templates, hard_features, n_groups=None):
+def group_templates(templates, features, n_groups=None):
     """The templates in groups: lists of strings. n_groups: None or 0 for the best silhouette.
 
-    hard_features: (T, C, D) from `prompts.template_features`.
+    features: (T, C, D) from `prompts.template_features`.
     """
-    distance = distances(hard_features.cpu())
+    distance = distances(features.cpu())
     sizes = [n_groups] if n_groups else range(2, len(templates))
     tries = [clusters(distance, n) for n in sizes] or [[[i] for i in range(len(templates))]]
     best = max(tries, key=lambda groups: silhouette(distance, groups) if len(groups) > 1 else 0)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from clip.model import CLIP
 
-import backbone
-from backbone import BadInput, load_clip
+from lib import clip_model
+from lib.clip_model import load_clip
+from lib.errors import BadInput
 
 
 def weights_equal(model, other):
@@ -78,16 +79,16 @@ def test_an_unknown_name_gets_the_nearest_one():
 
 
 def test_without_network_an_openai_name_says_where_the_file_belongs(tmp_path, monkeypatch):
-    monkeypatch.setattr(backbone, "CLIP_CACHE", tmp_path)
+    monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
     with pytest.raises(BadInput, match="put that file at .*ViT-B-16.pt or name another"):
         load_clip("ViT-B/16", "cpu")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_download_is_fetched_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(backbone, "CLIP_CACHE", tmp_path)
+    monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
     (tmp_path / "ViT-B-16.pt").write_bytes(b"half a download")
-    with pytest.raises(BadInput, match="cannot fetch"):
+    with pytest.raises(BadInput, match="cannot download"):
         load_clip("ViT-B/16", "cpu")
     assert "is damaged" in capsys.readouterr().out
 

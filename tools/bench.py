@@ -1,20 +1,17 @@
 """What a training step costs, and what each way to save bought.
 
-    python bench.py                          # every table: about ten minutes on two cores
-    python bench.py eurosat --repeats 9      # one of them
-    python bench.py --json bench.json        # the same for machines
+    python -m tools.bench                          # every table: about ten minutes on two cores
+    python -m tools.bench eurosat --repeats 9      # one of them
+    python -m tools.bench --json bench.json        # the same for machines
 
-Every table compares ways to do the same step in one process, in turn, so that a busy machine slows
-all of them alike; times are medians. CLIP is a ViT-B/16 of random weights, except for `shapes`:
-speed does not depend on them. The class names of `ucf101` and `imagenet` are made up, as long as
-UCF101's real ones. Peak memory is that of a fresh process a row, above the loaded model. `growth`
-draws assets/cost.png.
+Every table compares ways to take the same step (tools/steps.py) in one process, in turn, so that a
+busy machine slows all of them alike; times are medians. Peak memory is that of a fresh process per
+row, above the loaded model. `growth` draws assets/cost.png.
 """
 
 import collections
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -22,141 +19,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-import clip
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
-import torch.nn.functional as F
-from clip.model import CLIP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import encoder
-import parallel
-import plots
-import shapes
-from backbone import exit_on_bad_input, load_clip
-from encoder import encode_text
-from losses import gate_loss, image_loss, text_loss
-from model import MoCoOp
-from prompts import template_groups
-from router import gate_target, mixed_logits
-from train import MOCOOP, Parser, choose_device, number
+from lib import processes
+from lib.encoder import CHUNK
+from lib.errors import exit_on_bad_input
+from lib.flags import Parser, number
+from lib.pictures import save_figure
+from lib.tables import markdown
+from tools.steps import BATCH, Setting, clips_own
 
-BATCH = 32
-EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
-    Industrial Buildings,Pasture Land,Permanent Crop Land,Residential Buildings,River,Sea or Lake"""
-NAME_LENGTHS = [1] * 18 + [2] * 58 + [3] * 23 + [4, 5]  # tokens; UCF101's 101 names
-
-
-def class_names(size, n_classes):
-    if size == "shapes":
-        return shapes.DOWNSTREAM
-    if size == "eurosat":
-        return [name.strip() for name in EUROSAT.split(",")]
-    rng = random.Random(0)
-    vocabulary = clip.simple_tokenizer.SimpleTokenizer().encoder
-    words = [w[:-4] for w in vocabulary if w.endswith("</w>") and w[:-4].isalpha() and w.isascii()]
-    return [" ".join(rng.choices(words, k=rng.choice(NAME_LENGTHS))) for _ in range(n_classes)]
-
-
-# ------------------------------------------------------------- the ways to get the text features
-
-
-def one_sentence_a_row(prompts, length):
-    """The sentences of `prompts.rows`, each in a row of its own: indices (N, length), EOT (N,)."""
-    rows, n = prompts.rows, prompts.shape[0] * prompts.shape[1]
-    index, eot = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    for token, position, sentence in zip(
-        rows.token.cpu(), rows.position.cpu(), rows.sentence.cpu()
-    ):
-        common = sentence == -1
-        for s in sentence[sentence >= 0].unique():
-            own = sentence == s
-            index[s, position[common]], index[s, position[own]] = token[common], token[own]
-            eot[s] = position[own].max()
-    return index.to(rows.token.device), eot.to(rows.token.device)
-
-
-def clips_own(model, embeddings, eot):
-    """clip's own encoder, attention module and all, on as many positions as it is given."""
-    length = embeddings.shape[1]
-    for block in model.transformer.resblocks:
-        block.attn_mask = torch.full((length, length), -torch.inf, device=eot.device).triu(1)
-    x = embeddings + model.positional_embedding[:length]
-    x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-    return model.ln_final(x)[torch.arange(len(x)), eot] @ model.text_projection
-
-
-class Setting:
-    """A model, prompts and a batch of one size, to run steps on."""
-
-    def __init__(self, size, device, groups=None, n_classes=101):
-        torch.manual_seed(0)
-        if size == "shapes":
-            self.clip = load_clip("bundled", device)[0]
-        else:
-            self.clip = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).float()
-            self.clip = self.clip.requires_grad_(False).eval().to(device)
-        groups = template_groups(size) if groups is None else groups
-        names = class_names(size, n_classes)
-        self.model = MoCoOp(self.clip, groups, MOCOOP).to(device)
-        self.model.prompts.set_classes(self.clip, names)
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-        self.index, self.eot = one_sentence_a_row(self.model.prompts, self.clip.context_length)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-        width, pixels = self.clip.text_projection.shape[1], self.clip.visual.input_resolution
-        self.images = torch.randn(BATCH, 3, pixels, pixels, device=device)
-        self.image_features = F.normalize(torch.randn(BATCH, width, device=device), dim=-1)
-        self.labels = torch.randint(len(names), (BATCH,), device=device)
-        shape = len(groups), len(names), width
-        self.prototypes = F.normalize(torch.randn(shape, device=device), dim=-1)
-
-    def one_a_row(self, encode, length):
-        """Text features the plain way: (G, C, D)."""
-        prompts = self.model.prompts
-        table = torch.cat([prompts.frozen, prompts.context()])
-        features = encode(self.clip, F.embedding(self.index[:, :length], table), self.eot).float()
-        return F.normalize(features, dim=-1).view(*prompts.shape, -1)
-
-    def step(self, text, live=False, losses=("gate", "text")):
-        """One step of training. text: gives the text features; live: encodes images, too."""
-        f = self.image_features
-        if live:
-            with self.autocast:
-                f = F.normalize(self.clip.encode_image(self.images).float(), dim=-1)
-        gate_logits, weights = self.model.router(f)
-        with self.autocast:
-            t = text(weights)
-        total = image_loss(mixed_logits(f, t, weights, self.model.logit_scale), self.labels)
-        if "gate" in losses:
-            target = gate_target(f, self.prototypes, self.labels, self.model.router.top_k)
-            total = total + gate_loss(gate_logits, target)
-        if "text" in losses:
-            total = total + MOCOOP["text_weight"] * text_loss(t, self.prototypes)
-        self.optimiser.zero_grad()
-        total.backward()
-        self.optimiser.step()
-
-    def ways(self):
-        """{name: (step, tokens that the text encoder computes)}, each with one more idea."""
-        to_eot = int(self.eot.max()) + 1
-        n, rows = len(self.eot), self.model.prompts.rows.token
-
-        def plain(encode, length, **options):
-            text = partial(self.one_a_row, encode, length)
-            return partial(self.step, lambda weights: text(), **options), n * length
-
-        return {
-            "straightforward": plain(clips_own, self.clip.context_length, live=True),
-            "images encoded once": plain(clips_own, self.clip.context_length),
-            "stop at EOT": plain(clips_own, to_eot),
-            "attention in one kernel": plain(encode_text, to_eot),
-            "shared beginnings": (partial(self.step, lambda weights: self.shared()), rows.numel()),
-        }
-
-    def shared(self):
-        return self.model.text_features(self.clip)
-
-
-# -------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------ measuring
 
 
 def seconds(action):
@@ -210,16 +86,16 @@ def compare(ways, repeats, device):
     }
 
 
-def in_fresh_process(call, processes=0):
-    """What `bench.<call>` prints, as JSON. processes: by torchrun, with one thread each."""
-    command = [sys.executable, "-c", f"import bench; bench.{call}"]
+def in_fresh_process(call, n=0):
+    """What `bench.<call>` prints, as JSON. n: processes of torchrun, with one thread each."""
+    command = [sys.executable, "-c", f"from tools import bench; bench.{call}"]
     environment = dict(os.environ)
-    if processes:
+    if n:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--no-python"]
-        command = [sys.executable, *torchrun, f"--nproc-per-node={processes}", *command]
+        command = [sys.executable, *torchrun, f"--nproc-per-node={n}", *command]
         environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"bench.{call} failed:\n{done.stderr}")
@@ -251,20 +127,15 @@ def _status(field):
 
 def time_steps(size, n):
     """Prints the median seconds of n steps. Runs under torchrun, too."""
-    parallel.start(torch.device("cpu"))
+    processes.join(torch.device("cpu"))
     setting = Setting(size, torch.device("cpu"))
     step = setting.ways()["shared beginnings"][0]
     step()
     print(json.dumps(statistics.median(seconds(step) for _ in range(n))))
-    parallel.stop()
+    processes.leave()
 
 
 # ----------------------------------------------------------------------------------- the tables
-
-
-def markdown(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def steps_table(size, repeats, device):
@@ -275,8 +146,7 @@ def steps_table(size, repeats, device):
         del ways["straightforward"], ways["images encoded once"]
     if size == "eurosat":
         coop = Setting(size, device, groups=[["a photo of a {}."]])
-        text = partial(coop.one_a_row, clips_own, 77)
-        step = partial(coop.step, lambda weights: text(), losses=())
+        step = partial(coop.step, partial(coop.one_a_row, clips_own, 77), losses=())
         ways["CoOp, one prompt, 77 positions, images encoded once"] = step, len(coop.eot) * 77
     result = compare(ways, repeats, device)
     first = next(iter(result.values()))["seconds"]
@@ -299,11 +169,11 @@ def steps_table(size, repeats, device):
             ]
         )
     columns = "a step", "ms", "faster", "text tokens", "GFLOP", "of plain rate", "adds MB"
-    print(f"\n{size}: {' x '.join(map(str, setting.model.prompts.shape))} sentences\n")
-    print(markdown(columns, rows))
+    print(f"\n{size}: {' x '.join(map(str, setting.model.prompts.sentences.shape))} sentences\n")
+    print(markdown([columns, *rows]))
     plain, shared = result["attention in one kernel"], result["shared beginnings"]
     saved = plain["tokens"] / shared["tokens"]
-    real = (setting.model.prompts.rows.sentence > -2).sum().item()
+    real = (setting.model.prompts.sentences.rows.sentence > -2).sum().item()
     print(
         f"\nshared beginnings: {plain['seconds'] / shared['seconds']:.2f} x faster with"
         f" {saved:.2f} x fewer tokens; {real / shared['tokens']:.0%} of the places in rows are used"
@@ -316,11 +186,11 @@ def processes_table(repeats):
     times = {1: [], 2: []}
     for _ in range(repeats):
         for n in times:
-            times[n].append(in_fresh_process("time_steps('ucf101', 3)", processes=n))
+            times[n].append(in_fresh_process("time_steps('ucf101', 3)", n=n))
     one, two = (statistics.median(times[n]) for n in times)
-    print("\nucf101, one thread a process\n")
+    print("\nucf101, one thread per process\n")
     rows = [[1, f"{1000 * one:,.0f}", ""], [2, f"{1000 * two:,.0f}", f"{one / two:.2f} x"]]
-    print(markdown(("processes", "ms", "faster"), rows))
+    print(markdown([("processes", "ms", "faster"), *rows]))
     return {"1": one, "2": two}
 
 
@@ -332,7 +202,7 @@ def imagenet_table(device):
     epoch = result["seconds"] * 16 * 1000 / BATCH
     print("\nimagenet: 20 x 1000 sentences, batch of 32, in chunks\n")
     row = f"{result['seconds']:,.1f}", f"{epoch / 3600:,.1f}", f"{result['bytes'] / 1e9:.1f}"
-    print(markdown(("seconds a step", "hours an epoch of 16 shots", "GB in all"), [row]))
+    print(markdown([("seconds per step", "hours per epoch of 16 shots", "GB in all"), row]))
     return result
 
 
@@ -341,23 +211,47 @@ def growth(repeats, device, picture):
     sizes = [(1, c) for c in (10, 30, 100, 300, 1000)] + [(g, 100) for g in (2, 5, 10, 20)]
     settings = [Setting("imagenet", device, [["a photo of a {}."]] * g, c) for g, c in sizes]
     for setting in settings:
-        setting.clip = settings[0].clip  # one is enough
+        setting.clip_model = settings[0].clip_model  # one is enough
+        setting.model.__dict__["clip_model"] = setting.clip_model
     times = [[] for _ in sizes]
     for _ in range(repeats):
         for setting, own_times in zip(settings, times):
-            own_times.append(seconds(lambda s=setting: s.step(lambda weights: s.shared())))
+            own_times.append(seconds(setting.step))
     rows = [
         {"prompts": g, "classes": c, "seconds": statistics.median(own_times)}
         for (g, c), own_times in zip(sizes, times)
     ]
-    plots.cost_picture(rows, encoder.CHUNK, picture)
+    draw_cost(rows, picture)
     print(f"\ngrowth: see {picture}\n")
     cells = [(r["prompts"], r["classes"], f"{1000 * r['seconds']:,.0f}") for r in rows]
-    print(markdown(("prompts", "classes", "ms a step"), cells))
+    print(markdown([("prompts", "classes", "ms per step"), *cells]))
     return rows
 
 
-def run():
+def draw_cost(rows, path):
+    """Seconds per step against the number of sentences, with the straight line through the first.
+    rows: dictionaries of prompts, classes, seconds."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    sentences = np.array([row["prompts"] * row["classes"] for row in rows])
+    times = np.array([row["seconds"] for row in rows])
+    one = np.array([row["prompts"] == 1 for row in rows])
+    axes.plot(sentences[one], times[one], "ko", label="1 prompt, 10 to 1,000 classes")
+    axes.plot(sentences[~one], times[~one], "k^", mfc="white", label="2 to 20 prompts, 100 classes")
+    small = sentences <= CHUNK
+    slope = times[small].sum() / sentences[small].sum()
+    ends = np.array([sentences.min(), sentences.max()])
+    axes.plot(ends, slope * ends, "k-", lw=1, label=f"{1000 * slope:.1f} ms per sentence")
+    axes.plot(ends, 1.5 * slope * ends, "k:", lw=1, label="1.5 x that: each is encoded twice")
+    axes.axvline(CHUNK, color="grey", lw=1, ls="--")
+    axes.text(CHUNK, times.min(), f"in pieces above {CHUNK:,} ", color="grey", ha="right")
+    axes.set(xscale="log", yscale="log", xlabel="sentences: prompts x classes", ylabel="step (s)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
     tables = "shapes", "eurosat", "ucf101", "processes", "imagenet", "growth"
     parser.add_argument("tables", nargs="*", help=f"which (default: all of {', '.join(tables)})")
@@ -373,7 +267,7 @@ def run():
     for file in filter(None, (args.json, args.picture)):
         if not file.absolute().parent.is_dir():
             parser.error(f"there is no folder for {file}")
-    device = choose_device(args.device)
+    device = processes.choose_device(args.device)
     figures = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -395,7 +289,7 @@ def run():
 
 
 def main():
-    exit_on_bad_input(run)
+    exit_on_bad_input(run_command_line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Every table and picture of the README's numbers on the embedded world.
+"""Every table and picture of the numbers on the built-in world (docs/RESULTS.md).
 
-    python reproduce.py              # within an hour on two cores; what is there already is skipped
+    python -m tools.reproduce        # within an hour on two cores; finished runs are skipped
 
 Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are the
 published ones. The last runs try other learning rates, as many for each method, to be compared by
@@ -21,9 +21,12 @@ import numpy as np
 import torch
 
 import eval
-import report
 import train
-from runs import find_runs
+from lib.flags import make_parser
+from lib.metrics import mean_std
+from lib.pictures import draw_pictures
+from lib.runs import find_runs
+from lib.tables import markdown, runs_table
 
 SEEDS = 1, 2, 3, 4, 5
 SHOTS = 1, 2, 4, 8, 16
@@ -58,16 +61,18 @@ def jobs():
     for method in LEARNED[1:]:
         for rate in RATES:
             for seed in SEEDS:
-                lr = train.METHODS[method]["lr"] * rate
+                default = train.FLAGS["method: training"]["lr"][0]
+                lr = train.METHODS[method].get("lr", default) * rate
                 yield f"--method {method} --lr {lr:.3g} --seed {seed}", []
 
 
-def run(flags, targets):
+def run_job(flags, targets):
     """One run and its evaluations, if they are not there yet; returns what to print."""
     torch.set_num_threads(1)
     start = time.time()
     with contextlib.redirect_stdout(io.StringIO()):
-        config, groups, folder, _ = train.resolve(train.make_parser().parse_args(flags.split()))
+        parser = make_parser(__doc__, train.FLAGS, train.METHODS)
+        config, groups, folder, _ = train.resolve(parser.parse_args(flags.split()))
         if not (folder / "result.json").exists():
             train.train(config, groups, folder, resume=(folder / "resume.pt").exists())
         for target in targets:
@@ -78,42 +83,42 @@ def run(flags, targets):
     return f"{result['accuracy']:6.2f} %  {time.time() - start:4.0f} s  {flags}"
 
 
-def by_validation(folder):
+def by_validation(runs):
     """All prompt methods and settings at 4 and 16 shots, in Markdown: the mean accuracy on
     validation images, which is what to choose by, and on test images; and how much of a style's
-    weight goes to its own prompt, where there is one a style."""
+    weight goes to its own prompt, where there is one per style."""
     found = defaultdict(list)
-    for result, evaluations in find_runs(folder):
-        config = result["config"]
-        if config["classifier"] != "prompts" or config["shots"] not in (4, 16):
+    for result, evaluations in runs:
+        if not result["n_prompts"] or result["shots"] not in (4, 16):
             continue
         new = [e["accuracy"] for e in evaluations if e["classes"] == "new"]
         share = np.array(result["router"]["share"])
         own = [100 * np.trace(share) / len(share)] if share.shape[0] == share.shape[1] else []
-        key = config["classes"], config["shots"], train.method_label(config)
+        key = result["classes"], result["shots"], result["label"]
         found[key].append((result["val_accuracy"], result["accuracy"], new, own))
-    lines = ["| classes | shots | method | seeds | val | test | new | own prompt's share |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for key, runs in sorted(found.items()):
-        columns = [np.hstack(column) for column in zip(*runs)]
-        cells = [f"{c.mean():.1f} ± {c.std():.1f}" if len(c) else "" for c in columns]
-        lines.append("| " + " | ".join(map(str, (*key, len(runs), *cells))) + " |")
-    return "\n".join(lines)
+    heading = "classes", "shots", "method", "seeds", "val", "test", "new", "own prompt's share"
+    lines = [heading]
+    for key, numbers in sorted(found.items()):
+        columns = [np.hstack(column) for column in zip(*numbers)]
+        cells = ["{:.1f} ± {:.1f}".format(*mean_std(c)) if len(c) else "" for c in columns]
+        lines.append([*key, len(numbers), *cells])
+    return markdown(lines)
 
 
 def main():
     n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     todo = list(jobs())
-    run(*todo[0])  # encodes what all share
+    run_job(*todo[0])  # encodes what all share
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_jobs, mp_context=spawn) as pool:
-        done = [pool.submit(run, *job) for job in todo]
+        done = [pool.submit(run_job, *job) for job in todo]
         for i, job in enumerate(as_completed(done), 1):
             print(f"{i:3d}/{len(todo)}  {job.result()}", flush=True)
     folder = Path("out", "shapes")
-    tables = f"{report.table(folder)}\n\n{by_validation(folder)}\n"
+    runs = find_runs(folder)
+    tables = f"{runs_table(runs)}\n\n{by_validation(runs)}\n"
     (folder / "tables.md").write_text(tables, encoding="utf-8")
-    print(f"saved in {folder}: tables.md, {', '.join(report.pictures(folder))}")
+    print(f"saved in {folder}: tables.md, {', '.join(draw_pictures(runs, folder))}")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,30 @@
-"""The embedded world: coloured shapes drawn in styles, and a thumb-sized CLIP that has seen them.
-
-    python shapes.py              # redraw the world and retrain its CLIP (10 minutes on two cores)
-    python shapes.py --sheet FILE # only draw a picture of the world
+"""The built-in world: coloured shapes drawn in styles, in place of a dataset on disk.
 
 Everything that prompt learning needs in miniature, without a download: 16 shapes x 10 colours make
 160 classes, and every image is drawn in one of eight *styles* (photo, large, small, many, sketch,
-pixelated, blurry, dark) that have words in the captions, as CLIP's own training images had. The
-CLIP is `clip.model.CLIP` itself with CLIP's tokenizer, only small, trained with CLIP's loss.
+pixelated, blurry, dark) that have words in the templates, as styles of photos have in captions. Its
+CLIP was trained on all 160 classes (`python -m tools.make_world`).
 
-The downstream dataset `shapes` is 20 of the classes seen through another camera (a warm tint and
+The few-shot dataset `shapes` is 20 of the classes seen through another camera (a warm tint and
 mottled backgrounds that the CLIP never met), in all styles alike. Four shifted test sets stand
 for ImageNet's: `shapes_v2` (striped backgrounds), `shapes_sketch` (dashed line drawings),
 `shapes_a` (turned, pushed aside, half hidden), `shapes_r` (chalk, hatching, mosaic, cut-outs).
 
 An image is named by a path such as `test/red circle/sketch/003`, and that name seeds its drawing:
-the world is the same everywhere, and none of it lies on disk.
+the world is the same everywhere, and none of it is stored.
 """
 
-import argparse
 import colorsys
 import hashlib
 import math
-import multiprocessing
 import random
-import time
 from pathlib import Path
 
-import clip
 import numpy as np
-import torch
-import torch.nn.functional as F
-from clip.model import CLIP
 from PIL import Image, ImageDraw, ImageFilter
-from torchvision.transforms.functional import normalize
-from tqdm import tqdm
-
-from backbone import MEAN, STD, TINY_CLIP
-from encoder import encode_text
-from prompts import TEMPLATE_GROUPS
 
 SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # names this way to draw
-SIZE = 32  # pixels a side of a finished image
+SIZE = 32  # width and height of an image in pixels
 MOTTLE = 0.3  # how deep the downstream backgrounds' blotches are; the CLIP met at most 0.15
 FINE = 4  # masks are drawn this many times larger and averaged down: soft edges
 
@@ -233,10 +217,10 @@ DATASETS = {
 PER_CLASS = {"train": 64, "val": 24, "test": 120}  # shared equally by the styles
 
 
-def split(dataset):
+def lists(dataset):
     """{"train" | "val" | "test": [(path, label), ...]} of a downstream dataset.
 
-    A path, `test/red circle/sketch/003`, says all there is to know of an image.
+    A path, `test/red circle/sketch/003`, is all that it takes to draw an image.
     """
     styles = DATASETS[dataset]
     return {
@@ -252,162 +236,11 @@ def split(dataset):
 
 
 def draw_path(dataset, path):
-    """The image at a path of `split(dataset)`."""
+    """The PIL image at a path of `lists(dataset)`."""
     part, name, style, i = path.split("/")
     return draw(*name.split(), style, f"{part}/{i}", dataset)
 
 
 def style_of(path):
+    """The style that an image was drawn in, by its path."""
     return path.split("/")[2]
-
-
-# -------------------------------------------------------------------------- training its CLIP
-
-SEED = 0
-IMAGES_PER_STYLE = 100  # of each class: 128,000 images in all
-BATCH = 256
-STEPS = 1500
-WARM_UP = 200
-LR = 1e-3
-
-
-def _draw_class(name):
-    """Every training image of one class: uint8 (styles, IMAGES_PER_STYLE, 32, 32, 3)."""
-    images = [draw(*name.split(), s, i) for s in STYLES for i in range(IMAGES_PER_STYLE)]
-    return np.stack(images).reshape(len(STYLES), IMAGES_PER_STYLE, SIZE, SIZE, 3)
-
-
-def _preprocess(images):
-    """uint8 (N, 32, 32, 3) -> what CLIP takes, float (N, 3, 32, 32)."""
-    images = images.permute(0, 3, 1, 2).float() / 255
-    return normalize(images, MEAN, STD)
-
-
-def _captions():
-    """What may be said of an image: two tables (class, style) -> rows of tokens.
-
-    The first has one sentence a caption. The second says it twice, so that longer prompts find
-    their positions trained as well. Tokens are numbered by their place in `token_ids`, the sorted
-    list of all that occur: the CLIP gets embeddings for those alone.
-    Returns (tables, token_ids).
-    """
-    groups = dict(zip(STYLES, TEMPLATE_GROUPS["shapes"]))
-    tables = [
-        {
-            (name, style): clip.tokenize(
-                [" ".join([t.format(name)] * times) for t in groups[style]]
-            )
-            for name in CLASSES
-            for style in STYLES
-        }
-        for times in (1, 2)
-    ]
-    token_ids = torch.cat([rows for table in tables for rows in table.values()]).unique()
-    for table in tables:
-        length = max(int((rows > 0).sum(dim=1).max()) for rows in table.values())
-        for key, rows in table.items():
-            table[key] = torch.searchsorted(token_ids, rows[:, :length].contiguous())
-    return tables, token_ids
-
-
-def train_clip():
-    """Trains the thumb-sized CLIP with CLIP's own loss and writes `assets/tiny_clip.pt`."""
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
-    with multiprocessing.Pool() as pool:
-        images = list(tqdm(pool.imap(_draw_class, CLASSES), "drawing", len(CLASSES)))
-    images = torch.from_numpy(np.stack(images))  # (classes, styles, IMAGES_PER_STYLE, 32, 32, 3)
-    tables, token_ids = _captions()
-    longest = max(rows.shape[1] for rows in tables[1].values())
-
-    # 4 + 3 layers, 128 wide; 2 heads, as `clip` takes a text head to be 64 wide.
-    model = CLIP(128, SIZE, 4, 128, 8, longest, len(token_ids), 128, 2, 3).train()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=LR,
-        betas=(0.9, 0.98),
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(
-            (step + 1) / WARM_UP,
-            0.5 * (1 + math.cos(math.pi * max(0, step - WARM_UP) / STEPS)),
-        ),
-    )
-    start = time.time()
-    for step in range(STEPS):
-        table = tables[1 if step % 8 == 0 else 0]
-        picks = [
-            (
-                rng.randrange(len(CLASSES)),
-                rng.randrange(len(STYLES)),
-                rng.randrange(images.shape[2]),
-            )
-            for _ in range(BATCH)
-        ]
-        told = [rng.choice(table[CLASSES[c], STYLES[s]]) for c, s, _ in picks]
-        text = torch.stack(told)
-        batch = images[tuple(torch.tensor(picks).T)]
-        image_features = F.normalize(model.encode_image(_preprocess(batch)), dim=-1)
-        embeddings = model.token_embedding(text)
-        text_features = F.normalize(encode_text(model, embeddings, text.argmax(-1)), dim=-1)
-        logits = model.logit_scale.exp() * image_features @ text_features.T
-        # Two images may share one caption; then either is right.
-        same = (text[:, None] == text[None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        model.logit_scale.data.clamp_(max=math.log(100))
-        if step % 100 == 0 or step == STEPS - 1:
-            print(
-                f"step {step:4d}/{STEPS}  loss {loss:.3f}  {time.time() - start:.0f} s", flush=True
-            )
-
-    used = token_ids > 0  # token 0 was padding
-    state = {key: value.half() for key, value in model.state_dict().items()}
-    state["token_embedding.weight"] = state["token_embedding.weight"][used]
-    state["token_ids"] = token_ids[used]
-    TINY_CLIP.parent.mkdir(exist_ok=True)
-    torch.save(state, TINY_CLIP)
-    print(f"saved {TINY_CLIP}: {TINY_CLIP.stat().st_size / 1e6:.1f} MB")
-
-
-def draw_sheet(path):
-    """The README's picture of the world: a row a style, the shifted test sets below."""
-    rows = [(None, style) for style in STYLES]
-    rows += [(name, style) for name in DATASETS for style in DATASETS[name]]
-    rows = [row for row in rows if row[0] not in ("shapes_v2", "shapes_a") or row[1] == "photo"]
-    cell, margin = 2 * (SIZE + 2), 130
-    sheet = Image.new("RGB", (margin + cell * len(SHAPES), cell * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, (dataset, style) in enumerate(rows):
-        pen.text((6, y * cell + 14), f"{dataset or 'seen by its CLIP'}\n{style}", fill="black")
-        for x, shape in enumerate(SHAPES):
-            colour = list(COLOURS)[(x + y) % len(COLOURS)]
-            image = draw(colour, shape, style, 0, dataset).resize(
-                (2 * SIZE, 2 * SIZE), Image.NEAREST
-            )
-            sheet.paste(image, (margin + x * cell, y * cell))
-    sheet.save(path)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sheet", metavar="FILE", help="only draw a picture of the world")
-    args = parser.parse_args()
-    if args.sheet:
-        draw_sheet(args.sheet)
-    else:
-        train_clip()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Image features: transforms, and a cache so that each image is encoded once in its life.
 
 CLIP's image encoder is frozen, so the feature of an image never changes. Test images are encoded
-once, training images once a *view* (an augmented crop), and all of it is kept on disk, for every
+once, training images once per *view* (an augmented crop), and all of it is kept on disk, for every
 later run with another seed, method or number of shots.
 
 The cache is a folder of shards, files with some keys and their feature rows. A shard is written
@@ -12,22 +12,22 @@ at worst both encode an image.
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms as T
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import parallel
-import shapes
-from backbone import MEAN, STD, BadInput
-from data import open_image
+from lib import processes
+from lib.clip_model import MEAN, STD
+from lib.errors import BadInput
+from lib.files import replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
@@ -48,11 +48,6 @@ def train_transform(size):
     return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def _transform(split, size, augmented):
-    """Drawn images stay as drawn."""
-    return train_transform(size) if augmented and split.folder else test_transform(size)
-
-
 class _Preprocessed(Dataset):
     """(path, view) pairs as tensors. View v of an image is random, but seeded by its path and v
     alone, so that every seed and method meets the same views."""
@@ -69,60 +64,64 @@ class _Preprocessed(Dataset):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int.from_bytes(seed[:8], "little"))
-                return self.transform(open_image(self.split, path))
+                return self.transform(self.split.open(path))
         except BadInput as error:  # returned, as a worker process would garble a raised one
             return error
 
 
 def _collate(images):
-    """One tensor a batch, or the first image's error."""
+    """One tensor per batch, or the first image's error."""
     return next((i for i in images if isinstance(i, BadInput)), None) or torch.stack(images)
 
 
-def image_features(model, fingerprint, split, items, n_views=None, what="images", cached=True):
+def image_features(clip_model, fingerprint, split, items, n_views=None, what="images", cached=True):
     """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
 
-    model, fingerprint: from `load_clip`. items: from the split's lists. n_views: None for the test
-    transform, else how many augmented views of each image (drawn images have one, as drawn).
+    clip_model, fingerprint: from `load_clip`. split: opens, identifies and names the images; items:
+    from its lists. n_views: None for the test transform, else how many augmented views per image.
+    what: to call them in the line that says how many came from the cache.
     cached: False for an encoder that has been trained since it was given its fingerprint.
-    Returns (N, D), or (N, views, D), on the model's device. Prints what came from the cache.
+    Returns (N, D), or (N, views, D), on the model's device.
     Raises BadInput for an image that cannot be read.
     """
-    device, size = model.logit_scale.device, model.visual.input_resolution
-    drawn = split.folder is None
-    transform = _transform(split, size, augmented=n_views is not None)
-    views = range(1 if drawn or not n_views else n_views)
+    device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
+    if not items:
+        return torch.zeros(0, clip_model.text_projection.shape[1], device=device)
+    transform = train_transform(size) if n_views else test_transform(size)
+    views = range(n_views or 1)
 
     # Everything that a feature depends on. The folder's name has the weights and the way from file
     # to tensor, a row's key the image and the view.
-    how = [fingerprint, transform, split.source == "coop", device.type]
-    how = "|".join(map(str, [*how, PIL.__version__, torchvision.__version__]))
+    how = [fingerprint, transform, device.type, PIL.__version__, torchvision.__version__]
+    how = "|".join(map(str, how))
     folder = CACHE / split.name / hashlib.sha256(how.encode()).hexdigest()[:16]
     keys, wanted = [], {}
     for item in items:
-        identity = _identity(split, item.path)
+        identity = split.identity(item.path)
         for view in views:
             keys.append(hashlib.blake2b(os.fsencode(f"{identity}|{view}"), digest_size=16).digest())
             wanted[keys[-1]] = (item.path, view)
     # The first process keeps the cache; all encode.
     rows = {}
-    if cached and parallel.rank() == 0:
-        rows = _load_rows(folder, set(wanted), model.text_projection.shape[1])
-    todo = parallel.from_first([key for key in wanted if key not in rows])
+    if cached and processes.rank() == 0:
+        rows = _load_rows(folder, set(wanted), clip_model.text_projection.shape[1])
+    todo = processes.from_first([key for key in wanted if key not in rows])
     print(
         f"{what}: {len(items):,}"
         + (f" x {len(views)} views" if len(views) > 1 else "")
         + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
     )
-    bar = tqdm(total=len(todo), desc="encoding", leave=False, disable=parallel.rank() > 0 or None)
+    bar = tqdm(total=len(todo), desc="encoding", leave=False, disable=processes.rank() > 0 or None)
     for start in range(0, len(todo), SHARD):
         shard = todo[start : start + SHARD]
-        own = shard[parallel.rank() :: parallel.world()]
+        own = shard[processes.rank() :: processes.world()]
         try:
-            encoded = _encode(model, _Preprocessed(split, transform, [wanted[k] for k in own]), bar)
-        except BadInput as error:  # goes round, so that all processes end with it
+            encoded = _encode(
+                clip_model, _Preprocessed(split, transform, [wanted[k] for k in own]), bar
+            )
+        except BadInput as error:  # sent to all processes, so that all end with it
             encoded = error
-        parts = parallel.gather(encoded)
+        parts = processes.gather(encoded)
         for part in parts:
             if isinstance(part, BadInput):
                 raise part
@@ -130,35 +129,77 @@ def image_features(model, fingerprint, split, items, n_views=None, what="images"
         for r, part in enumerate(parts):
             shard_rows[r :: len(parts)] = part
         rows.update(zip(shard, shard_rows))
-        if cached and parallel.rank() == 0:
+        if cached and processes.rank() == 0:
             _save_rows(folder, shard, shard_rows)
     bar.close()
     features = None
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         features = torch.from_numpy(np.stack([rows[key] for key in keys]))
-    features = parallel.from_first(features).to(device)
+    features = processes.from_first(features).to(device)
     return features if n_views is None else features.view(len(items), len(views), -1)
 
 
-def load_images(model, split, wanted):
-    """Training images as the encoder takes them: (B, 3, H, W). wanted: (path, view) pairs."""
-    transform = _transform(split, model.visual.input_resolution, augmented=True)
-    images = _Preprocessed(split, transform, wanted)
-    batch = _collate([images[i] for i in range(len(images))])
-    if isinstance(batch, BadInput):
-        raise batch
-    return batch.to(model.logit_scale.device)
+def image_layer_norms(clip_model):
+    """The LayerNorms of the image encoder's blocks, unfrozen. Raises BadInput for a ResNet."""
+    if not hasattr(clip_model.visual, "transformer"):
+        raise BadInput("--tune-visual-ln needs a CLIP with a ViT: this one has none")
+    blocks = clip_model.visual.transformer.resblocks
+    norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)]
+    return nn.ModuleList(norms).requires_grad_(True)
+
+
+class StoredFeatures:
+    """Features of training images that were encoded beforehand, every view of them."""
+
+    def __init__(self, features):
+        """features: (N, views, D), or (N, D) for images with one view."""
+        self.features = features if features.dim() == 3 else features[:, None]
+        self.n_views = self.features.shape[1]
+
+    def __call__(self, images, views, epoch):
+        """Features (B, D) of the images with these indices (B,), each in its view (B,)."""
+        return self.features[images, views]
+
+
+class LiveFeatures:
+    """Features of training images, encoded anew in every step because the encoder is learning."""
+
+    n_views = 1
+
+    def __init__(self, clip_model, split, items):
+        """items: the training images among the split's. Images with no views stay uncropped."""
+        print("training the image encoder's LayerNorms: images are encoded in every step")
+        size = clip_model.visual.input_resolution
+        transform = train_transform(size) if split.views(1) else test_transform(size)
+        self.clip_model, self.split, self.items, self.transform = (
+            clip_model,
+            split,
+            items,
+            transform,
+        )
+
+    def __call__(self, images, views, epoch):
+        """Features (B, D) of the images with these indices (B,), cropped anew in every epoch."""
+        wanted = [(self.items[i].path, epoch) for i in images]
+        crops = _Preprocessed(self.split, self.transform, wanted)
+        batch = _collate([crops[i] for i in range(len(crops))])
+        if isinstance(batch, BadInput):
+            raise batch
+        device = self.clip_model.logit_scale.device
+        with processes.mixed_precision(device):
+            features = self.clip_model.encode_image(batch.to(device))
+        return F.normalize(features.float(), dim=-1)
 
 
 @torch.no_grad()
-def _encode(model, images, bar):
-    """Normalised features of preprocessed images, a list of (D,) arrays.
+def _encode(clip_model, images, bar):
+    """Normalised features of preprocessed images, one (D,) array each.
 
     Every batch is filled up with zeros to one size: matrix products of one shape give an image the
     same bits whatever its neighbours, so a run does not depend on what was in the cache before it.
     """
-    device = model.logit_scale.device
-    n_workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // parallel.world())
+    device = clip_model.logit_scale.device
+    n_workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // processes.world())
     loader = DataLoader(images, BATCH[device.type], num_workers=n_workers, collate_fn=_collate)
     rows = []
     for batch in loader:
@@ -167,22 +208,10 @@ def _encode(model, images, bar):
         padded = batch.new_zeros(BATCH[device.type], *batch.shape[1:], device=device)
         padded[: len(batch)] = batch.to(device)
         with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            features = model.encode_image(padded)[: len(batch)].float()
+            features = clip_model.encode_image(padded)[: len(batch)].float()
         rows.extend(F.normalize(features, dim=-1).cpu().numpy())
-        bar.update(len(batch) * parallel.world())  # the others have done as much
+        bar.update(len(batch) * processes.world())  # the others have done as much
     return rows
-
-
-def _identity(split, path):
-    """What tells an image from its changed self: size and time of its file, or how it is drawn."""
-    if split.folder is None:
-        return f"{split.dataset}/{path}|{shapes.SOURCE_HASH}"
-    file = os.path.join(os.path.abspath(split.folder), path)
-    try:
-        stat = os.stat(file)
-    except OSError as error:
-        raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
-    return f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def _load_rows(folder, keys, width):
@@ -208,16 +237,13 @@ def _load_rows(folder, keys, width):
 
 def _save_rows(folder, keys, rows):
     """One new shard. A cache that cannot be written costs time, not the run."""
+    shard = folder / f"{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}.npz"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+        with replacing(shard) as scratch, open(scratch, "wb") as file:
             np.savez(
                 file,
                 keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
                 rows=np.stack(rows).astype(np.float32),
             )
-        Path(file.name).replace(Path(file.name).with_suffix(".npz"))
     except OSError as error:
         print(f"features are not cached: {error}")
-        with contextlib.suppress(OSError, NameError):
-            os.unlink(file.name)

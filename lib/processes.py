@@ -7,8 +7,8 @@ step, each process encodes its share of the sentences, all get all the features
 where the parts of the gradient are added up (`sum_gradients`). From there on all are equal again,
 so nothing else needs to be sent.
 
-Run without torchrun, all of this does nothing. The processes share one disk, where the first one
-writes. A process that ends takes the others with it: torchrun sees to that.
+Without torchrun all of this does nothing. The processes share one disk; the first one writes. A
+process that dies takes the others with it: torchrun sees to that.
 """
 
 import os
@@ -17,6 +17,38 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from lib.errors import BadInput
+
+
+def choose_device(name):
+    """A `torch.device` by name, None for the best there is; under torchrun with CUDA, this
+    process's own. Raises BadInput for a device that is not there or not supported."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda"):  # one each for the processes of torchrun
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        elif device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise BadInput("torchrun gives each process a GPU of its own: --device cuda, no number")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"no device {name!r}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"no device {name!r}: only cpu and cuda are supported")
+    return device
+
+
+def mixed_precision(device, enabled=True):
+    """The autocast context in which the frozen encoders run: bf16 on a GPU that has it, fp16 on an
+    older one, and no change on a CPU."""
+    return torch.autocast("cuda", mixed_dtype(), enabled=enabled and device.type == "cuda")
+
+
+def mixed_dtype():
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
 
 
 def rank():
@@ -29,9 +61,9 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(device):
-    """Joins the processes that torchrun has started, if it has. Only the first one goes on
-    printing."""
+def join(device):
+    """Joins the processes that torchrun has started, if it has. From here on only the first one
+    prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     # The time covers a download that the others wait for, not a process that dies.
@@ -41,19 +73,9 @@ def start(device):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def stop():
+def leave():
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def complain(message):
-    """Prints an error, once: what all processes find is for the first to say. Before they have
-    joined each speaks for itself, by its number, as it may be the only one to have failed."""
-    number = os.environ.get("RANK", "0")
-    if number == "0":
-        print(message, file=sys.stderr)
-    elif not dist.is_initialized():
-        print(f"process {number}: {message}", file=sys.stderr)
 
 
 class _Sum(torch.autograd.Function):
@@ -109,7 +131,7 @@ def from_first(thing):
 
 
 def first(action):
-    """`action()` in every process, but in the first one before the others: what it fetches, they
+    """`action()` in every process, in the first one before the others: what it downloads, they
     find. If it fails there, it fails everywhere."""
     failed, result = None, None
     if rank() == 0:
@@ -121,3 +143,9 @@ def first(action):
     if failed is not None:
         raise failed
     return result if rank() == 0 else action()
+
+
+def only_first(action):
+    """`action()` in the first process alone."""
+    if rank() == 0:
+        action()

@@ -1,56 +1,29 @@
 """The frozen CLIP: found by name or file, checked, loaded.
 
-    model, fingerprint = load_clip("ViT-B/16", "cpu")     # OpenAI's, fetched once and checked
-    model, fingerprint = load_clip("my/clip.pt", "cuda")  # a TorchScript archive or a state dict
+    load_clip("ViT-B/16", "cpu")     # OpenAI's, downloaded once and checked
+    load_clip("my/clip.pt", "cuda")  # a TorchScript archive or a state dict
 
 `clip.load` does most of this, but stumbles over plain state dicts on current PyTorch and rounds
 fp32 weights to fp16 on the way; here they stay what they were.
 """
 
-import difflib
 import hashlib
-import sys
 import urllib.error
 import warnings
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import clip
 import torch
 from clip.model import build_model
 
-import parallel
+from lib.errors import BadInput, nearest
+from lib.files import read_torch_file
 
-TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip.pt"  # the embedded world's, see shapes.py
+TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, and the way out.
-
-    The commands print it and exit with status 2. So they do with what the machine refuses
-    (OSError); everything else that goes wrong is a bug and keeps its traceback.
-    """
-
-
-def nearest(word, words):
-    """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def exit_on_bad_input(main):
-    """Runs a command line: bad input ends it with one line and exit status 2."""
-    try:
-        main()
-    except (BadInput, OSError) as error:  # OSError: no permission, a full disk, a name too long
-        parallel.complain(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        parallel.complain("stopped")
-        sys.exit(130)
 
 
 def load_clip(name, device):
@@ -80,9 +53,9 @@ def load_clip(name, device):
             table = torch.full((49408, rows.shape[1]), torch.nan)  # 49,408: CLIP's vocabulary
             table[ids] = rows
             state["token_embedding.weight"] = table
-        model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
-        weights = {k: v.float() for k, v in state.items() if k in model.state_dict()}
-        model.load_state_dict(weights)  # ... put the exact values back
+        clip_model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
+        weights = {k: v.float() for k, v in state.items() if k in clip_model.state_dict()}
+        clip_model.load_state_dict(weights)  # ... put the exact values back
     except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
@@ -90,23 +63,7 @@ def load_clip(name, device):
     for key in sorted(weights):
         digest.update(key.encode())
         digest.update(weights[key].contiguous().numpy())
-    return model.requires_grad_(False).to(device), digest.hexdigest()
-
-
-def read_torch_file(path, what):
-    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
-    content = None
-    with open(path, "rb") as file:  # whatever cannot be opened says so itself
-        if is_zipfile(file):  # as is all that torch.save has written since 1.6
-            try:
-                with ZipFile(file) as archive:  # torch does not look at the checksums
-                    if archive.testzip() is None:
-                        content = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # on damaged bytes the unpickler stumbles in any way at all
-                raise BadInput(f"{path} is not a {what}, or damaged") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a {what}, or damaged")
-    return content
+    return clip_model.requires_grad_(False).to(device), digest.hexdigest()
 
 
 def _read_state(path):
@@ -133,14 +90,14 @@ def _fetch(name):
     if path.is_file():
         if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
-        print(f"{path} is damaged (its SHA-256 is not {sha256[:8]}...): fetching it again")
-    print(f"fetching CLIP {name} from {url}")
+        print(f"{path} is damaged (its SHA-256 is not {sha256[:8]}...): downloading it again")
+    print(f"downloading CLIP {name} from {url}")
     try:
         CLIP_CACHE.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # renames last
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise BadInput(
-            f"cannot fetch CLIP {name} from {url} ({error}); put that file at {path}"
+            f"cannot download CLIP {name} from {url} ({error}); put that file at {path}"
             " or name another with --clip FILE"
         ) from error
     return path

@@ -1,0 +1,1 @@
+"""What serves the scripts of the top level. Nothing in here imports one of them."""

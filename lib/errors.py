@@ -1,0 +1,43 @@
+"""Bad input: one line that names it and says the way out, exit status 2, no traceback."""
+
+import difflib
+import os
+import sys
+
+import torch.distributed as dist
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, and the way out.
+
+    The commands print it and exit with status 2. So they do with what the machine refuses
+    (OSError); everything else that goes wrong is a bug and keeps its traceback.
+    """
+
+
+def nearest(word, words):
+    """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def complain(message):
+    """Prints an error once: what all processes of `torchrun` find, the first one says. Before they
+    have joined, each speaks for itself, by its number, as it may be the only one to have failed."""
+    number = os.environ.get("RANK", "0")
+    if number == "0":
+        print(message, file=sys.stderr)
+    elif not dist.is_initialized():
+        print(f"process {number}: {message}", file=sys.stderr)
+
+
+def exit_on_bad_input(main):
+    """Runs a command line: bad input ends it with one line and exit status 2."""
+    try:
+        main()
+    except (BadInput, OSError) as error:  # OSError: no permission, a full disk, a name too long
+        complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        complain("stopped")
+        sys.exit(130)

@@ -1,0 +1,65 @@
+"""Reading and writing files so that nobody ever meets half of one."""
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from zipfile import ZipFile, is_zipfile
+
+import torch
+
+from lib.errors import BadInput
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path` to write to, renamed to it when the block ends well.
+
+        with replacing(path) as scratch:
+            scratch.write_text(...)
+
+    Readers find the old file or the new one. If the block raises, nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def read_torch_file(path, what):
+    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
+    content = None
+    with open(path, "rb") as file:  # a file that cannot be opened raises its own OSError
+        if is_zipfile(file):  # the format of torch.save since 1.6
+            try:
+                with ZipFile(file) as archive:  # torch does not look at the checksums
+                    if archive.testzip() is None:
+                        content = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # on damaged bytes the unpickler may stumble in any way
+                raise BadInput(f"{path} is not a {what}, or damaged") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a {what}, or damaged")
+    return content
+
+
+def read_lines(file):
+    """The lines of a text file, stripped, without empty ones. Raises BadInput if it cannot be
+    read."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def writable(folder):
+    """The nearest existing folder at or above `folder`; raises BadInput if it cannot be written."""
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write in {parent}: name another --out")
+    return parent

@@ -1,0 +1,92 @@
+"""What surrounds a training loop: the bar, a line per epoch, and stopping and going on."""
+
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from lib import processes
+
+
+class NotFinite(ArithmeticError):
+    """Training has diverged."""
+
+
+class Progress:
+    """Counts the epochs of a training, prints and remembers what happened in each, and saves all
+    that is needed to go on from there.
+
+        progress = Progress(parts, epochs, steps_per_epoch, save, state)
+        for epoch in progress.epochs():
+            for ...:
+                progress.step(losses, weights)
+            progress.end_epoch(lr)
+    """
+
+    def __init__(self, parts, epochs, steps, save, state=None):
+        """parts: {name: anything with state_dict and load_state_dict, or a torch.Generator}.
+        steps: per epoch. save: called in the first process after each epoch, with a dictionary of
+        plain values and tensors. state: one of these, to go on from there, or None.
+        """
+        self.parts, self.n_epochs, self.steps, self.save = parts, epochs, steps, save
+        self.done, self.seconds, self.usage = 0, 0.0, []
+        if state:
+            for name, part in parts.items():
+                if isinstance(part, torch.Generator):
+                    part.set_state(state[name])
+                elif state[name]:  # a loss scaler has none on a machine that needs no scaling
+                    part.load_state_dict(state[name])
+            torch.set_rng_state(state["torch_rng"])
+            if torch.cuda.is_available() and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"])
+            self.done, self.seconds, self.usage = state["epoch"], state["seconds"], state["usage"]
+
+    def epochs(self):
+        """The numbers of the epochs that are not done yet, counted from 0."""
+        self.start = time.time() - self.seconds  # as if it had never been stopped
+        total, done = self.n_epochs * self.steps, self.done * self.steps
+        quiet = processes.rank() > 0 or None
+        with tqdm(total=total, initial=done, leave=False, disable=quiet) as self.bar:
+            for epoch in range(self.done, self.n_epochs):
+                self.losses, self.weights = {}, 0
+                yield epoch
+        self.seconds = time.time() - self.start
+
+    def step(self, losses, weights):
+        """Counts one step. losses: {name: (weight, value)}; weights: of the router, (B, G)."""
+        for name, (weight, value) in losses.items():
+            _, so_far = self.losses.get(name, (weight, 0))
+            self.losses[name] = weight, so_far + value.detach() / self.steps
+        self.weights += weights.detach().sum(dim=0)
+        self.bar.update()
+
+    def end_epoch(self, lr):
+        """Prints the epoch's line and saves the state. Raises NotFinite if a parameter is not."""
+        self.done += 1
+        if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
+            raise NotFinite(f"training has diverged in epoch {self.done}")
+        total = sum(weight * value.item() for weight, value in self.losses.values())
+        losses = [f"{name} {w:g} x {value:.3f}" for name, (w, value) in self.losses.items()]
+        share = (self.weights / self.weights.sum()).tolist()
+        self.usage.append([round(s, 4) for s in share])
+        used = " ".join(f"{100 * s:2.0f}" for s in share)
+        self.bar.write(
+            f"epoch {self.done:3d}/{self.n_epochs}  lr {lr:.5f}  loss {total:.3f} = "
+            + " + ".join(losses)
+            + f"  prompts {used} %",
+            file=sys.stdout,
+        )
+        processes.only_first(lambda: self.save(self._state()))
+
+    def _state(self):
+        return {
+            "epoch": self.done,
+            "seconds": time.time() - self.start,
+            "usage": self.usage,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        } | {
+            name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+            for name, part in self.parts.items()
+        }

@@ -1,0 +1,111 @@
+"""Reads the layouts in which datasets lie on disk, as plain lists.
+
+Every reader returns (class names by label, {"train" | "val" | "test": [(path, label), ...]}) with
+paths below the dataset's folder and labels counting from 0.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from lib.errors import BadInput
+from lib.files import read_lines
+
+PARTS = ("train", "val", "test")
+# All that Pillow can open, but for films and scientific containers that it only recognises.
+IMAGE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
+}
+
+
+def read_split_file(file, images):
+    """The field's `split_zhou_*.json`: train, val and test lists of [path, label, class name].
+
+    images: the folder that the file's paths are below. Raises BadInput if it is no such file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        lists = {
+            part: [
+                ((Path(images) / path).as_posix(), int(label)) for path, label, _ in content[part]
+            ]
+            for part in PARTS
+        }
+        names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise BadInput(
+            f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
+            " delete it to have it downloaded again"
+        ) from error
+    if sorted(names) != list(range(len(names))):
+        raise BadInput(f"{file}: the labels must run from 0 without gaps, found {sorted(names)}")
+    return [readable(names[label]) for label in range(len(names))], lists
+
+
+def read_aircraft(folder, images):
+    """FGVC Aircraft's official lists: variants.txt has the class names in the labels' order."""
+    class_names = read_lines(folder / "variants.txt")
+    labels = {name: label for label, name in enumerate(class_names)}
+    lists = {}
+    for part in PARTS:
+        file = folder / f"images_variant_{part}.txt"
+        pairs = [line.split(" ", 1) for line in read_lines(file)]  # image number, variant
+        unknown = [pair for pair in pairs if pair[-1] not in labels]
+        if unknown:
+            raise BadInput(f"{file}: {' '.join(unknown[0])!r} names no variant of variants.txt")
+        lists[part] = [(f"{images}/{number}.jpg", labels[name]) for number, name in pairs]
+    return class_names, lists
+
+
+def read_imagenet(folder, images, layout, class_names_file):
+    """ImageNet and its variants: one folder per class.
+
+    layout: `imagenet`, with train/<synset> and val/<synset> below `images`, where val is the test
+    set; `synsets`, a test set alone; or `numbers`, a test set whose folder i is line i of
+    class_names_file, a file with lines of "synset name".
+    Raises BadInput for a class folder without a name.
+    """
+    names = dict(line.partition(" ")[::2] for line in read_lines(class_names_file))
+    test = f"{images}/val" if layout == "imagenet" else images
+    classes = class_folders(folder / test)
+    if layout == "numbers":
+        names = {str(number): name for number, name in enumerate(names.values())}
+        classes.sort(key=int if all(map(str.isdecimal, classes)) else None)
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise BadInput(
+            f"{class_names_file} has no name for the folder {folder / test / unknown[0]}"
+        )
+    lists = {"train": [], "val": [], "test": image_files(folder, test, classes)}
+    if layout == "imagenet":
+        # CoOp takes the file names of a class in the disk's order; sorted, the samples are ours.
+        lists["train"] = image_files(folder, f"{images}/train", classes)
+    return [names[name] for name in classes], lists
+
+
+def class_folders(folder):
+    """The names of the folders below `folder`, sorted; hidden ones are not classes."""
+    if not folder.is_dir():
+        return []
+    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
+
+
+def image_files(folder, below, classes):
+    """The image files of each class folder in `folder / below`, in sorted order, labelled by the
+    position of their class in the list."""
+    return [
+        (f"{below}/{name}/{file}".lstrip("/"), label)
+        for label, name in enumerate(classes)
+        if (folder / below / name).is_dir()
+        for file in sorted(os.listdir(folder / below / name))
+        if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    ]
+
+
+def readable(name):
+    """A class name as words: underscores become spaces."""
+    return " ".join(name.replace("_", " ").split())

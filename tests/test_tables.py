@@ -1,0 +1,161 @@
+"""Tables and pictures over runs."""
+
+import json
+
+import pytest
+
+from lib import pictures, tables
+from lib.errors import BadInput
+from lib.runs import find_runs
+
+
+def write_run(folder, seed, accuracy, classes="all", shots=4, evaluations=(), **flags):
+    """A run with the numbers that a table is made of."""
+    config = {
+        "dataset": "eurosat", "data": "data", "shots": shots, "classes": classes, "seed": seed,
+        "method": "mocoop", "clip": "ViT-B/16", "groups": "published", "top_k": 2,
+        "gate_weight": 1.0, "text_weight": 5.0, "text_scale": 1.0, "text_bias": False,
+        "epochs": 50, "batch_size": 32, "lr": 0.032, "views": 8, "device": None, "out": str(folder),
+    } | flags  # fmt: skip
+    result = {
+        "dataset": "eurosat", "classes": classes, "shots": shots, "seed": seed, "n_prompts": 6,
+        "method": "mocoop", "clip": "ViT-B/16", "accuracy": accuracy, "changed_flags": flags,
+        "label": "-".join(["mocoop", *(f"{k}{v}" for k, v in flags.items())]),
+        "prompt_usage": {}, "router": {}, "n_train": 40,
+        "zero_shot_accuracy": 50.0, "ensemble_accuracy": 60.0,
+        "config": config,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    for target, which, value in evaluations:
+        other = result | {"dataset": target, "classes": which, "accuracy": value}
+        (folder / f"eval_{target}_{which}.json").write_text(json.dumps(other))
+
+
+def rows(text):
+    """The Markdown table as dictionaries."""
+    header, _, *lines = [
+        [c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()
+    ]
+    return [dict(zip(header, line)) for line in lines]
+
+
+def test_the_table_averages_over_seeds_with_the_population_deviation(tmp_path):
+    for seed, accuracy in ((1, 80.0), (2, 84.0), (3, 88.0)):
+        write_run(tmp_path / f"s{seed}", seed, accuracy)
+    write_run(tmp_path / "k1", 1, 70.0, top_k=1)
+    by_method = {row["method"]: row for row in rows(tables.runs_table(find_runs(tmp_path)))}
+    assert by_method["mocoop"]["accuracy"] == "84.0 ± 3.3"  # sqrt(32 / 3) = 3.27
+    assert by_method["mocoop"]["seeds"] == "3"
+    assert by_method["mocoop-top_k1"]["accuracy"] == "70.0"
+    assert by_method["zero-shot"]["accuracy"] == "50.0"
+    assert by_method["ensemble"]["accuracy"] == "60.0"
+
+
+def test_the_table_takes_h_from_the_mean_base_and_the_mean_new_accuracy(tmp_path):
+    for seed, base, new in ((1, 90.0, 50.0), (2, 80.0, 70.0)):
+        write_run(tmp_path / f"s{seed}", seed, base, "base", evaluations=[("eurosat", "new", new)])
+    row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
+    assert row["accuracy"] == "85.0 ± 5.0" and row["new"] == "60.0 ± 10.0"
+    assert row["H"] == "70.3"  # 2 * 85 * 60 / 145
+
+
+def test_other_datasets_get_a_column_each(tmp_path):
+    write_run(tmp_path / "a", 1, 90.0, evaluations=[("dtd", "all", 40.0), ("eurosat", "all", 90.0)])
+    row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
+    assert row["dtd"] == "40.0"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": {"seed": 1}}', "[" * 100_000])
+def test_the_table_names_a_damaged_result(tmp_path, content):
+    write_run(tmp_path / "a", 1, 90.0)
+    (tmp_path / "a/result.json").write_text(content)
+    with pytest.raises(BadInput, match="result.json is not the result of a run, or damaged"):
+        tables.runs_table(find_runs(tmp_path))
+
+
+def test_a_result_that_does_not_know_its_own_label_is_to_be_made_again(tmp_path):
+    write_run(tmp_path / "old", 1, 80.0)
+    result = json.loads((tmp_path / "old/result.json").read_text())
+    del result["label"], result["changed_flags"]
+    (tmp_path / "old/result.json").write_text(json.dumps(result))
+    with pytest.raises(BadInput, match="result.json is from an older version .*: run it again"):
+        find_runs(tmp_path)
+
+
+def test_a_method_that_is_not_here_has_its_row(tmp_path):
+    write_run(tmp_path / "a", 1, 80.0)
+    for seed, accuracy in ((1, 81.0), (2, 83.0)):
+        write_run(tmp_path / f"b{seed}", seed, accuracy)
+        file = tmp_path / f"b{seed}/result.json"
+        result = json.loads(file.read_text()) | {"method": "balanced", "label": "balanced"}
+        file.write_text(json.dumps(result))
+    by_method = {row["method"]: row for row in rows(tables.runs_table(find_runs(tmp_path)))}
+    assert by_method["balanced"]["accuracy"] == "82.0 ± 1.0"
+
+
+def test_h_takes_the_seeds_that_have_both_numbers(tmp_path):
+    write_run(tmp_path / "a", 1, 80.0, "base", evaluations=[("eurosat", "new", 80.0)])
+    write_run(tmp_path / "b", 2, 10.0, "base")
+    row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
+    assert row["H"] == "80.0"
+
+
+def test_pictures_are_drawn_from_runs_on_disk(run_train, tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(BadInput, match="there is no folder"):
+        pictures.draw_pictures(find_runs(folder), folder)
+    run_train("--shots 1 --epochs 1 --out", folder / "a")
+    assert (
+        pictures.draw_pictures(find_runs(folder), folder) == []
+    )  # not with the method's own number of epochs
+
+
+def run_like(result, folder, method="mocoop", changed=None, **changes):
+    """A copy of a run on disk with other numbers. changed: its changed flags."""
+    changed = changed or {}
+    label = "-".join([method, *(f"{k}{v}" for k, v in changed.items())])
+    config = result["config"] | {k: v for k, v in changes.items() if k in result["config"]}
+    copy = {"method": method, "label": label, "changed_flags": changed, "config": config}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result | changes | copy))
+
+
+def test_curves_and_ablations_are_means_over_seeds(run_train, tmp_path):
+    result, out = run_train("--shots 1 --epochs 1"), tmp_path / "out"
+    for seed, accuracy in ((1, 80.0), (2, 82.0)):
+        for shots in (8, 16):
+            run_like(result, out / f"{seed}{shots}", seed=seed, shots=shots, accuracy=accuracy)
+        changed = {"top_k": 1}
+        run_like(
+            result, out / f"k{seed}", changed=changed, seed=seed, shots=16, accuracy=accuracy - 5
+        )
+    ensemble = {"method": "ensemble", "n_prompts": 0, "accuracy": 1.0}
+    run_like(result, out / "ensemble", shots=32, **ensemble)
+    run_like(result, out / "other", shots=16, clip="RN50", zero_shot_accuracy=2.0)
+    drawn = pictures.draw_pictures(find_runs(out), out)
+    assert drawn == ["few_shot.png", "router.png", "usage.png", "ablation.png"]
+    rows = tables.accuracies(find_runs(out))
+    values = {
+        (row.shots, row.label): v["accuracy"] for row, v in rows.items() if row.clip != "RN50"
+    }
+    assert values[16, "mocoop"] == {1: 80.0, 2: 82.0}
+    assert values[16, "mocoop-top_k1"] == {1: 75.0, 2: 77.0}
+    assert values[0, "ensemble"].keys() == {1, 2} and (32, "ensemble") not in values
+
+
+def test_a_new_method_shows_in_every_picture(run_train, tmp_path, monkeypatch):
+    result, out = run_train("--shots 1 --epochs 1"), tmp_path / "out"
+    for method, accuracy in (("mocoop", 80.0), ("balanced", 90.0)):
+        for shots in (8, 16):
+            run_like(result, out / f"{method}{shots}", method, shots=shots, accuracy=accuracy)
+    figures = {}
+    monkeypatch.setattr(pictures, "save_figure", lambda f, path: figures.update({path.name: f}))
+    pictures.draw_pictures(find_runs(out), out)
+    mixtures = {f"{name}{of}.png" for name in ("router", "usage") for of in ("", "_balanced")}
+    assert figures.keys() == {"few_shot.png", "ablation.png"} | mixtures
+    lines = {line.get_label(): line for line in figures["few_shot.png"].axes[0].lines}
+    assert list(lines["balanced"].get_ydata()) == [90.0, 90.0]
+    axes = figures["ablation.png"].axes[0]
+    bars = dict(zip([t.get_text() for t in axes.get_yticklabels()], axes.patches))
+    assert {name: bar.get_width() for name, bar in bars.items()} == {"MoCoOp": 80, "balanced": 90}
