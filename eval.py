@@ -101,8 +101,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         untrained, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
     plain = image_features(untrained, fingerprint, split, split.test, what=what)
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
-    hard = template_features(clip_model, all_templates(target_groups), split.class_names)
-    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard)
+    hard_features = template_features(clip_model, all_templates(target_groups), split.class_names)
+    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard_features)
     zero_shot, ensemble = (accuracy(probe, split, split.test, plain) for probe in probes.values())
 
     features = plain

@@ -31,14 +31,13 @@ from lib.clip_model import load_clip
 from lib.encoder import CHUNK
 from lib.errors import BadInput, exit_on_bad_input
 from lib.flags import number
-from lib.images import LiveFeatures, StoredFeatures, image_features, image_layer_norms
+from lib.images import image_features, image_layer_norms, training_features
 from lib.probe import fit_probe
-from lib.progress import NotFinite, Progress
+from lib.progress import Progress, nothing_left_if_diverged
 from lib.runs import (
     announce,
     check_made_of,
     describe,
-    discard,
     open_run,
     publish,
     run_folder,
@@ -313,20 +312,20 @@ def learning_rate(epoch, epochs, lr, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-def fit(model, config, groups, hard, trained, features, labels, save, state=None):
+def fit(model, config, groups, hard_features, trained, features, labels, save, state=None):
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
 
-    hard: (T, C, D), the features of all templates of `groups` with the model's classes. trained:
-    the slice of these classes that has images; the image and gate loss see no other. features:
-    called with the indices of a batch, a view for each, and the epoch, returns (B, D). labels: (N,)
+    hard_features: (T, C, D), of all templates of `groups` with the model's classes. trained: the
+    slice of these classes that has images; the image and gate loss see no other. features: called
+    with the indices of a batch, a view for each, and the epoch, returns (B, D). labels: (N,)
     counting the trained classes. save, state: see `Progress`.
     """
-    prototypes = hard_prototypes(hard, groups)  # (G, C, D)
+    prototypes = hard_prototypes(hard_features, groups)  # (G, C, D)
     # The text loss compares soft prompt text_prompt[i] with text_target[i].
     text_target, text_prompt = prototypes, list(range(len(groups)))
     if config["text_target"] == "templates":
-        text_target = hard
+        text_target = hard_features
         text_prompt = [g for g, group in enumerate(groups) for _ in group]
     guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
     # Without the text loss nobody reads the prompts that no image of the batch selected.
@@ -395,7 +394,7 @@ def train(config, groups, folder, resume):
         groups = find_groups(clip_model, groups, names, config["n_groups"])
         if config["top_k"] != flags.method_defaults(FLAGS)["top_k"]:  # the default is only a wish
             check_top_k(config["top_k"], groups)
-    hard = template_features(clip_model, all_templates(groups), names, config["chunk"])  # (T, C, D)
+    hard_features = template_features(clip_model, all_templates(groups), names, config["chunk"])
     torch.manual_seed(config["seed"])
     model = None
     if config["classifier"] == "prompts":
@@ -405,9 +404,9 @@ def train(config, groups, folder, resume):
     announce(config, split, model, bool(row_of(split.dataset).templates))
 
     encode = partial(image_features, clip_model, fingerprint, split)
-    test = encode(split.test, what="test images")
-    val = encode(split.val, what="val images")
-    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard[:, trained])
+    test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
+    own_features = hard_features[:, trained]
+    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, own_features)
     zero_shot, ensemble = (accuracy(probe, split, split.test, test) for probe in probes.values())
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
@@ -417,19 +416,13 @@ def train(config, groups, folder, resume):
     seconds, usage = 0.0, []
     labels = [split.labels(items).to(device) for items in (split.train, split.val)]
     if config["classifier"] == "prompts":
-        if config["tune_visual_ln"]:
-            features = LiveFeatures(clip_model, split, split.train)
-        else:
-            views = split.views(config["views"])
-            features = StoredFeatures(encode(split.train, views, "training images"))
-            clip_model.visual = None  # has seen all images; lets go of its memory
-        try:
-            learning = model, config, groups, hard, trained, features, labels[0], save, state
-            seconds, usage = fit(*learning)
-        except NotFinite as error:
-            processes.only_first(lambda: discard(folder))
-            raise BadInput(f"{error}: try a smaller --lr") from error
-        if config["tune_visual_ln"]:  # the encoder is another one now
+        views, live = split.views(config["views"]), config["tune_visual_ln"]
+        features = training_features(clip_model, fingerprint, split, views, live)
+        with nothing_left_if_diverged(folder):
+            seconds, usage = fit(
+                model, config, groups, hard_features, trained, features, labels[0], save, state
+            )
+        if live:  # the encoder is another one now
             test = encode(split.test, what="test images", cached=False)
             val = encode(split.val, what="val images", cached=False)
     elif config["classifier"] == "linear":

@@ -148,8 +148,22 @@ def image_layer_norms(clip_model):
     return nn.ModuleList(norms).requires_grad_(True)
 
 
+def training_features(clip_model, fingerprint, split, n_views, live):
+    """The features of a split's training images, as a training loop reads them: called with the
+    indices of a batch (B,), a view for each (B,), and the epoch, it returns (B, D).
+
+    n_views: as in `image_features`. live: encoded anew in every step, because the encoder learns;
+    else encoded now, once, and the image encoder lets go of its memory.
+    """
+    if live:
+        return LiveFeatures(clip_model, split, n_views is not None)
+    stored = image_features(clip_model, fingerprint, split, split.train, n_views, "training images")
+    clip_model.visual = None
+    return StoredFeatures(stored)
+
+
 class StoredFeatures:
-    """Features of training images that were encoded beforehand, every view of them."""
+    """Features that were encoded beforehand, all views of each image."""
 
     def __init__(self, features):
         """features: (N, views, D), or (N, D) for images with one view."""
@@ -157,30 +171,22 @@ class StoredFeatures:
         self.n_views = self.features.shape[1]
 
     def __call__(self, images, views, epoch):
-        """Features (B, D) of the images with these indices (B,), each in its view (B,)."""
         return self.features[images, views]
 
 
 class LiveFeatures:
-    """Features of training images, encoded anew in every step because the encoder is learning."""
+    """Features encoded in every step, of images cropped anew in every epoch."""
 
     n_views = 1
 
-    def __init__(self, clip_model, split, items):
-        """items: the training images among the split's. Images with no views stay uncropped."""
+    def __init__(self, clip_model, split, cropped):
         print("training the image encoder's LayerNorms: images are encoded in every step")
         size = clip_model.visual.input_resolution
-        transform = train_transform(size) if split.views(1) else test_transform(size)
-        self.clip_model, self.split, self.items, self.transform = (
-            clip_model,
-            split,
-            items,
-            transform,
-        )
+        transform = train_transform(size) if cropped else test_transform(size)
+        self.clip_model, self.split, self.transform = clip_model, split, transform
 
     def __call__(self, images, views, epoch):
-        """Features (B, D) of the images with these indices (B,), cropped anew in every epoch."""
-        wanted = [(self.items[i].path, epoch) for i in images]
+        wanted = [(self.split.train[i].path, epoch) for i in images]
         crops = _Preprocessed(self.split, self.transform, wanted)
         batch = _collate([crops[i] for i in range(len(crops))])
         if isinstance(batch, BadInput):

@@ -1,5 +1,6 @@
 """What surrounds a training loop: the bar, a line per epoch, and stopping and going on."""
 
+import contextlib
 import sys
 import time
 
@@ -7,10 +8,22 @@ import torch
 from tqdm import tqdm
 
 from lib import processes
+from lib.errors import BadInput
+from lib.runs import discard
 
 
 class NotFinite(ArithmeticError):
     """Training has diverged."""
+
+
+@contextlib.contextmanager
+def nothing_left_if_diverged(folder):
+    """Turns a training that diverges into bad input, and removes what it left in its folder."""
+    try:
+        yield
+    except NotFinite as error:
+        processes.only_first(lambda: discard(folder))
+        raise BadInput(f"{error}: try a smaller --lr") from error
 
 
 class Progress:
@@ -66,27 +79,24 @@ class Progress:
         self.done += 1
         if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
             raise NotFinite(f"training has diverged in epoch {self.done}")
-        total = sum(weight * value.item() for weight, value in self.losses.values())
-        losses = [f"{name} {w:g} x {value:.3f}" for name, (w, value) in self.losses.items()]
+        losses = {name: (w, value.item()) for name, (w, value) in self.losses.items()}
+        total = sum(w * value for w, value in losses.values())
+        terms = " + ".join(f"{name} {w:g} x {value:.3f}" for name, (w, value) in losses.items())
         share = (self.weights / self.weights.sum()).tolist()
         self.usage.append([round(s, 4) for s in share])
-        used = " ".join(f"{100 * s:2.0f}" for s in share)
         self.bar.write(
-            f"epoch {self.done:3d}/{self.n_epochs}  lr {lr:.5f}  loss {total:.3f} = "
-            + " + ".join(losses)
-            + f"  prompts {used} %",
+            f"epoch {self.done:3d}/{self.n_epochs}  lr {lr:.5f}  loss {total:.3f} = {terms}"
+            f"  prompts {' '.join(f'{100 * s:2.0f}' for s in share)} %",
             file=sys.stdout,
         )
-        processes.only_first(lambda: self.save(self._state()))
+        processes.only_first(lambda: self.save(self.state()))
 
-    def _state(self):
-        return {
-            "epoch": self.done,
-            "seconds": time.time() - self.start,
-            "usage": self.usage,
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        } | {
-            name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-            for name, part in self.parts.items()
-        }
+    def state(self):
+        """All that is needed to go on from here."""
+        state = {"epoch": self.done, "seconds": time.time() - self.start, "usage": self.usage}
+        for name, part in self.parts.items():
+            is_rng = isinstance(part, torch.Generator)
+            state[name] = part.get_state() if is_rng else part.state_dict()
+        state["torch_rng"] = torch.get_rng_state()
+        state["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return state

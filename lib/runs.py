@@ -21,7 +21,10 @@ from lib.pictures import router_picture
 RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
 )
-STATE = {"config", "made_of", "epoch", "model", "optimiser", "scaler", "order", "usage"}
+STATE = {  # what a resume.pt holds at least
+    *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "scaler", "order"),
+    *("torch_rng", "cuda_rng"),
+}
 
 
 def run_folder(config, label):

@@ -15,6 +15,7 @@ from conftest import parse
 
 import train
 from data import few_shot, load_split
+from lib import images
 from lib.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,7 @@ def test_eurosat_trains_from_its_files_with_either_kind_of_clip(
         return encode(clip_model, fingerprint, split, items, *rest, **options)
 
     monkeypatch.setattr(train, "image_features", spy)
+    monkeypatch.setattr(images, "image_features", spy)
     flags = f"--dataset eurosat --shots 4 --epochs 2 --data {eurosat} --out"
     a = run_train(flags, tmp_path / "a", "--clip", archive)
     expected = few_shot(load_split("eurosat", eurosat), 4, 1)
@@ -110,8 +112,8 @@ def test_zero_shot_and_ensemble_are_clips_own(run_train, eurosat, random_clip_fi
     result = run_train(f"--dataset eurosat --epochs 1 --data {eurosat} --clip {random_clip_file}")
     split = load_split("eurosat", eurosat)
     preprocess = clip.clip._transform(32)
-    images = torch.stack([preprocess(Image.open(split.folder / i.path)) for i in split.test])
-    images = random_clip.encode_image(images)
+    photos = torch.stack([preprocess(Image.open(split.folder / i.path)) for i in split.test])
+    encoded = random_clip.encode_image(photos)
     labels = torch.tensor([i.label for i in split.test])
 
     def features(template):
@@ -120,7 +122,7 @@ def test_zero_shot_and_ensemble_are_clips_own(run_train, eurosat, random_clip_fi
         return text / text.norm(dim=-1, keepdim=True)
 
     def accuracy(text):
-        return 100 * ((images @ text.T).argmax(-1) == labels).float().mean().item()
+        return 100 * ((encoded @ text.T).argmax(-1) == labels).float().mean().item()
 
     one = accuracy(features("a centered satellite photo of {}."))
     every = torch.stack([features(t) for g in template_groups("eurosat") for t in g]).mean(0)
@@ -402,7 +404,8 @@ def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
 def test_result_json_has_the_documented_keys(run_train):
     result = run_train("--shots 1 --epochs 1")
     expected = """dataset classes shots seed method label changed_flags clip n_prompts top_k
-        n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy ensemble_accuracy val_accuracy
-        per_class_accuracy prompt_usage prompt_usage_by_epoch router train_seconds config"""
+        n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy
+        ensemble_accuracy val_accuracy per_class_accuracy prompt_usage prompt_usage_by_epoch
+        router train_seconds config"""
     assert sorted(result) == sorted(expected.split())
     assert json.loads(json.dumps(result)) == result
