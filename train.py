@@ -69,8 +69,8 @@ FLAGS = {
         "method": ("mocoop", str, "sets the flags of the method"),
     },
     "CLIP and templates": {
-        "clip": (None, str, "OpenAI name, file, or bundled; none: ViT-B/16, bundled for shapes"),
-        "groups": ("dataset", str, "template groups: the dataset's, auto (clustered), or a file"),
+        "clip": (None, str, "OpenAI name, file, or bundled (default: ViT-B/16; shapes: bundled)"),
+        "groups": ("dataset", str, "of templates: the dataset's own, auto (clustered), or a file"),
     },
     "method: prompts": {
         "n_groups": (0, number(int, 0), "of --groups auto; 0: the best silhouette"),
@@ -104,9 +104,9 @@ FLAGS = {
     },
     "machine": {
         "data": ("data", str, "the root of all datasets"),
-        "device": (None, str, "cpu, cuda, cuda:1, ...; none: cuda if there is one"),
+        "device": (None, str, "cpu, cuda, cuda:1, ... (default: cuda if there is one)"),
         "chunk": (CHUNK, number(int, 1), "prompts x classes encoded at a time: bounds memory"),
-        "out": (None, str, "the run's folder; none: out/<dataset>/<run>"),
+        "out": (None, str, "the run's folder (default: out/<dataset>/<run>)"),
         "resume": (False, bool, "go on where this run was stopped"),
     },
 }

@@ -49,7 +49,7 @@ def make_parser(description, table, methods):
             group.add_argument(
                 _dashed(flag),
                 default=None if of_method(section) else default,
-                help=f"{text} ({_defaults(default, own)})".replace("%", "%%"),
+                help=f"{text}{_defaults(default, own)}".replace("%", "%%"),
                 **options,
             )
     return parser
@@ -66,15 +66,20 @@ def method_defaults(table):
 
 
 def _defaults(default, own):
-    """The default of a flag in words, and those of the methods that have another."""
+    """The default of a flag in words, and those of the methods that have another. A flag whose
+    default is None has it explained in its help."""
 
     def shown(value):
         if isinstance(value, dict):  # {from so many shots on: value}
             return ", ".join(f"{v} from {n} shots" if n > 1 else str(v) for n, v in value.items())
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return f"{value:g}" if isinstance(value, float) else value
 
-    words = [f"default: {'none' if default is None else shown(default)}"]
-    return "; ".join(words + [f"{method}: {shown(value)}" for method, value in own.items()])
+    if default is None:
+        return ""
+    methods = "".join(f"; {method}: {shown(value)}" for method, value in own.items())
+    return f" (default: {shown(default)}{methods})"
 
 
 def complete(config, defaults, table, unread):

@@ -132,6 +132,8 @@ def announce(config, split, model, has_templates):
         f" shots, seed {config['seed']}{' (samples of our own)' if own else ''};"
         f" CLIP {config['clip']}; {config['method']}{prompts}"
     )
+    if model:
+        print("prompts: " + " | ".join(model.templates))
     if config["groups"] == "dataset" and not has_templates:
         print(
             f"{split.name} has no templates of its own: SUN397's four groups serve (see --groups)"
