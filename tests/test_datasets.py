@@ -16,7 +16,7 @@ from PIL import Image
 import eval
 from data import few_shot, load_split, select_classes
 from lib import fetch
-from lib.catalogue import DATASETS, template_groups
+from lib.catalogue import DATASETS, Row, template_groups
 from lib.errors import BadInput
 
 SPLIT_DATASETS = [name for name, row in DATASETS.items() if row.split]
@@ -466,3 +466,47 @@ def test_imagenets_class_names_are_fetched_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "download_file_from_google_drive", drive_copying(thousand))
     assert load_split("imagenet", tmp_path).class_names == NAMES
     assert names.read_text() == thousand.read_text()
+
+
+# ------------------------------------------------------------------------- a row of one's own
+
+
+@pytest.fixture
+def own_row(monkeypatch):
+    """A row with nothing but where its files are."""
+    row = Row("mine", "pictures", split="split_zhou_Mine.json")
+    monkeypatch.setitem(DATASETS, "mine", row)
+
+
+def make_own(root):
+    split = {"train": [], "val": [], "test": []}
+    for label in range(4):
+        for part, n in (("train", 3), ("val", 1), ("test", 2)):
+            for i in range(n):
+                path = f"{label}/{part}{i}.jpg"
+                draw_image(root / "mine/pictures" / path, path)
+                split[part].append([path, label, f"thing_{label}"])
+    (root / "mine/split_zhou_Mine.json").write_text(json.dumps(split))
+
+
+def test_a_row_of_nothing_but_paths_trains_and_says_which_templates_serve(
+    own_row, tmp_path, run_train, random_clip_file, capsys
+):
+    make_own(tmp_path)
+    flags = f"--dataset mine --shots 2 --epochs 1 --views 1 --data {tmp_path} --clip"
+    result = run_train(flags, random_clip_file)
+    assert (result["n_train"], result["n_test"], result["n_prompts"]) == (8, 8, 4)
+    assert list(result["prompt_usage"]) == [group[0] for group in template_groups("sun397")]
+    assert result["few_shot_samples"] == "coop"  # by CoOp's rule, on a complete split
+    said = capsys.readouterr().out
+    assert "mine has no templates of its own: SUN397's four groups serve" in said
+    assert "comparable" not in said
+
+
+def test_a_row_without_an_origin_says_so(own_row, tmp_path):
+    with pytest.raises(BadInput, match="its row in lib/catalogue.py names no origin"):
+        load_split("mine", tmp_path)
+    make_own(tmp_path)
+    (tmp_path / "mine/split_zhou_Mine.json").unlink()
+    with pytest.raises(BadInput, match="no split file .*Mine.json, and none to download"):
+        load_split("mine", tmp_path)
