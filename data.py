@@ -25,20 +25,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageOps
 
-from lib import processes, world
+from lib import processes, readers, world
 from lib.catalogue import DATASETS
 from lib.errors import BadInput, nearest
 from lib.fetch import fetch_file, fetch_images
 from lib.files import read_lines
-from lib.readers import (
-    PARTS,
-    class_folders,
-    image_files,
-    read_aircraft,
-    read_imagenet,
-    read_split_file,
-    readable,
-)
+from lib.readers import PARTS, class_folders, image_files, readable
 
 
 class Item(NamedTuple):
@@ -155,7 +147,7 @@ def load_split(dataset, root):
             )
         fetch_images(*row.archive, folder / row.images)
     if row.layout == "aircraft":
-        read = read_aircraft(folder, row.images)
+        read = readers.read_aircraft(folder, row.images)
     elif row.layout == "split":
         try:
             read = _read_or_fetch_split(row, folder)
@@ -166,7 +158,8 @@ def load_split(dataset, root):
             print("  NOT comparable with the field's")
             return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
     else:  # imagenet and its variants; which images CoOp samples depends on the disk's order
-        read = read_imagenet(folder, row.images, row.layout, _class_names_file(folder))
+        names_file = _class_names_file(folder)
+        read = readers.read_imagenet(folder, row.images, row.layout, names_file)
         return _check(_split(dataset, folder, "coop", *read))
     split = _check(_split(dataset, folder, "coop", *read))
     _check_files(split)
@@ -188,7 +181,7 @@ def _read_or_fetch_split(row, folder):
     """The lists of the field's split file, which is downloaded from Google Drive if absent."""
 
     def check(file):
-        _, lists = read_split_file(file, row.images)
+        _, lists = readers.read_split_file(file, row.images)
         counts = tuple(len(lists[part]) for part in PARTS)
         if row.counts and counts != row.counts:
             raise BadInput(f"it lists {counts} images instead of {row.counts}")
@@ -197,7 +190,7 @@ def _read_or_fetch_split(row, folder):
         if not row.drive_id:
             raise BadInput(f"no split file {folder / row.split}, and none to download")
         fetch_file(row.drive_id, folder / row.split, check)
-    return read_split_file(folder / row.split, row.images)
+    return readers.read_split_file(folder / row.split, row.images)
 
 
 def _class_names_file(folder):

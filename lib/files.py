@@ -1,7 +1,6 @@
 """Reading and writing files so that nobody ever meets half of one."""
 
 import contextlib
-import os
 import uuid
 from pathlib import Path
 from zipfile import ZipFile, is_zipfile
@@ -55,11 +54,3 @@ def read_lines(file):
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def writable(folder):
-    """The nearest existing folder at or above `folder`; raises BadInput if it cannot be written."""
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"cannot write in {parent}: name another --out")
-    return parent

@@ -15,7 +15,7 @@ import torch
 
 from lib import flags
 from lib.errors import BadInput
-from lib.files import read_torch_file, replacing, writable
+from lib.files import read_torch_file, replacing
 from lib.pictures import router_picture
 
 RUN_FILES = re.compile(
@@ -48,7 +48,9 @@ def open_run(folder, config, resume, defaults, ignored):
     Raises BadInput if the folder holds the run of another configuration or other files, or
     cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
     """
-    writable(folder)
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"cannot write in {parent}: name another --out")
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
     finished, stopped = "result.json" in files, "resume.pt" in files
     foreign = [name for name in files if not RUN_FILES.fullmatch(name)]
@@ -119,7 +121,7 @@ def read_result(path):
     if not complete:
         raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
     if not {"label", "changed_flags"} <= result.keys():
-        raise BadInput(f"{path} is from an older version that stored less: run it again")
+        raise BadInput(f"{path} is from an older version that stored less: remove its folder, run again")
     return result
 
 
