@@ -121,7 +121,7 @@ def read_result(path):
     if not complete:
         raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
     if not {"label", "changed_flags"} <= result.keys():
-        raise BadInput(f"{path} is from an older version that stored less: remove its folder, run again")
+        raise BadInput(f"{path} is from an older version: remove its folder and run again")
     return result
 
 
