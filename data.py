@@ -11,8 +11,8 @@ A dataset is one of three things:
 - a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`;
 - the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
 
-Either way it becomes a `Split`: three lists of images with labels. From top to bottom: the split,
-how it is loaded and checked, few-shot samples, base and new classes.
+Each becomes a `Split`: three lists of images with labels. From top to bottom: the split, few-shot
+samples, base and new classes, and how a split is loaded and checked.
 """
 
 import os
@@ -51,7 +51,7 @@ class Split:
     train: list[Item]
     val: list[Item]
     test: list[Item]
-    samples: str = "own"  # or `coop`: few-shot samples drawn from it are CoOp's, image for image
+    samples: str = "own"  # `coop` if few-shot samples drawn from it are CoOp's, image for image
 
     @property
     def name(self):
@@ -67,15 +67,15 @@ class Split:
             return world.draw_path(self.dataset, path)
         try:
             with Image.open(self.folder / path) as image:
-                if self._turned:
+                if self._exif_applies:
                     image = ImageOps.exif_transpose(image)
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadInput(f"cannot read the image {self.folder / path}: {error}") from error
 
     def identity(self, path):
-        """What tells an image from its changed self: size and time of its file, or how it is drawn.
-        Raises BadInput if there is no such file."""
+        """A string that changes when the image at `path` changes: its file's path, size and time,
+        or how it is drawn. Raises BadInput if there is no such file."""
         if self.folder is None:
             return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
         file = os.path.join(os.path.abspath(self.folder), path)
@@ -83,17 +83,17 @@ class Split:
             stat = os.stat(file)
         except OSError as error:
             raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
-        return f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{self._turned}"
+        return f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{self._exif_applies}"
 
     @property
-    def _turned(self):
-        """Whether photos are turned upright; the field leaves them as the camera held them."""
+    def _exif_applies(self):
+        """Whether photos are turned as their EXIF data says. CoOp and its successors do not."""
         return self.source != "coop"
 
     @property
     def kinds(self):
-        """The kind of each test image that a router picture tells apart, and the kinds' names:
-        (indices into names, names). Kinds are classes; in the built-in world, styles."""
+        """How router pictures group the test images: by style in the built-in world, else by class.
+        Returns (the index of each image's group, the groups' names)."""
         if self.folder is None:
             names = list(world.DATASETS[self.dataset])
             return [names.index(world.style_of(item.path)) for item in self.test], names
@@ -114,6 +114,70 @@ def full_dataset(dataset):
 def dataset_name(dataset):
     """The short name of a dataset: of a folder of one's own, the last component of its path."""
     return dataset if dataset in DATASETS else Path(dataset).resolve().name
+
+
+# ---------------------------------------------------------------------- samples, base and new
+
+
+def few_shot(split, shots, seed):
+    """CoOp's few-shot sample: per class `shots` training images and min(shots, 4) val images.
+
+    Its rule to the last image: seed once, then for each label in order of first appearance
+    `random.sample`; train first, then val from the same stream. The draw depends on the lists'
+    lengths, so it is made on the complete lists and cut to base or new classes afterwards.
+
+    Returns the split with shorter `train` and `val`. A class with fewer images gives all.
+    """
+    rng = random.Random(seed)
+
+    def sample(items, n):
+        by_label = defaultdict(list)
+        for item in items:
+            by_label[item.label].append(item)
+        drawn = [rng.sample(own, n) if len(own) >= n else own for own in by_label.values()]
+        return [item for same_label in drawn for item in same_label]
+
+    train, val = sample(split.train, shots), sample(split.val, min(shots, 4))
+    counts = Counter(item.label for item in train)
+    short = [split.class_names[label] for label, n in counts.items() if n < shots]
+    if short:
+        print(f"{len(short)} classes have fewer than {shots} images and give all ({short[0]} ...)")
+    return replace(split, train=train, val=val)
+
+
+def few_shot_split(config):
+    """(the complete split, the few-shot part of it that a run trains on), by the run's flags.
+
+    Raises BadInput as `load_split` does, and for a dataset that can only be tested on.
+    """
+    whole = processes.first(lambda: load_split(config["dataset"], config["data"]))
+    if not whole.train:
+        where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
+        raise BadInput(
+            f"{config['dataset']} has no training images{where}: it can only be a target"
+            " of eval.py RUN --dataset"
+        )
+    sample = few_shot(whole, config["shots"], config["seed"])
+    return whole, select_classes(sample, config["classes"])
+
+
+def class_slice(n, classes):
+    """The labels of `all` n classes, the `base` half (the first ceil(n / 2)), or the `new` rest."""
+    half = (n + 1) // 2
+    return {"all": slice(0, n), "base": slice(0, half), "new": slice(half, n)}[classes]
+
+
+def select_classes(split, classes):
+    """The split with the images and names of `all`, `base` or `new` classes, labels from 0."""
+    chosen = class_slice(len(split.class_names), classes)
+    labels = range(chosen.start, chosen.stop)
+
+    def keep(items):
+        return [Item(i.path, i.label - labels.start) for i in items if i.label in labels]
+
+    names = split.class_names[chosen]
+    lists = {part: keep(getattr(split, part)) for part in PARTS}
+    return replace(split, class_names=names, **lists)
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -164,7 +228,7 @@ def load_split(dataset, root):
     split = _check(_split(dataset, folder, "coop", *read))
     _check_files(split)
     counts = len(split.train), len(split.val), len(split.test)
-    if row.counts in ((), counts):
+    if not row.counts or row.counts == counts:
         return replace(split, samples="coop")
     print(f"{dataset} lists {counts} images, the field's split {row.counts}: the numbers are")
     print("  NOT comparable with the field's")
@@ -274,70 +338,3 @@ def _check_files(split):
             f"{len(missing):,} of {len(items):,} images of {split.dataset} are missing,"
             f" the first is {split.folder / missing[0]}"
         )
-
-
-# ---------------------------------------------------------------------- samples, base and new
-
-
-def few_shot(split, shots, seed):
-    """The field's few-shot sample: `shots` training images per class, and at most 4 val images.
-
-    CoOp's rule to the last image: seed once, then for each label in order of first appearance
-    `random.sample`; train first, then val from the same stream. The draw depends on the lists'
-    lengths, so it is made on the complete lists; cut to base or new classes afterwards.
-
-    Returns the split with shorter `train` and `val`. A class with fewer images gives all.
-    """
-    rng = random.Random(seed)
-
-    def sample(items, n):
-        by_label = defaultdict(list)
-        for item in items:
-            by_label[item.label].append(item)
-        drawn = [rng.sample(own, n) if len(own) >= n else own for own in by_label.values()]
-        return [item for own in drawn for item in own]
-
-    train, val = sample(split.train, shots), sample(split.val, min(shots, 4))
-    counts = Counter(item.label for item in train)
-    short = [split.class_names[label] for label, n in counts.items() if n < shots]
-    if short:
-        print(f"{len(short)} classes have fewer than {shots} images and give all ({short[0]} ...)")
-    return replace(split, train=train, val=val)
-
-
-def few_shot_split(config):
-    """(the complete split, the few-shot part of it that a run trains on), by the run's flags.
-
-    Raises BadInput as `load_split` does, and for a dataset that lacks what the method needs.
-    """
-    whole = processes.first(lambda: load_split(config["dataset"], config["data"]))
-    if not whole.train:
-        where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
-        raise BadInput(
-            f"{config['dataset']} has no training images{where}: it can only be a target"
-            " of eval.py RUN --dataset"
-        )
-    sample = few_shot(whole, config["shots"], config["seed"])
-    split = select_classes(sample, config["classes"])
-    if config["classifier"] == "linear" and not split.val:
-        raise BadInput("--method linear chooses its strength on val images: there are none")
-    return whole, split
-
-
-def class_slice(n, classes):
-    """The labels of `all` n classes, the `base` half (the first ceil(n / 2)), or the `new` rest."""
-    half = (n + 1) // 2
-    return {"all": slice(0, n), "base": slice(0, half), "new": slice(half, n)}[classes]
-
-
-def select_classes(split, classes):
-    """The split with the images and names of `all`, `base` or `new` classes, labels from 0."""
-    chosen = class_slice(len(split.class_names), classes)
-    labels = range(chosen.start, chosen.stop)
-
-    def keep(items):
-        return [Item(i.path, i.label - labels.start) for i in items if i.label in labels]
-
-    names = split.class_names[chosen]
-    lists = {part: keep(getattr(split, part)) for part in PARTS}
-    return replace(split, class_names=names, **lists)

@@ -26,11 +26,12 @@ from lib.files import read_torch_file
 from lib.flags import Parser
 from lib.images import image_features
 from lib.pictures import draw_pictures, router_picture, samples_picture
-from lib.probe import Probe
+from lib.probe import ClassVectors
 from lib.processes import choose_device
 from lib.runs import find_runs, read_result, save_json
 from lib.tables import runs_table
-from prompts import all_templates, template_features, untrained_classifiers
+from lib.templates import all_templates
+from prompts import template_features, untrained_classifiers
 from train import accuracy, examine, make_model
 
 # ------------------------------------------------------------------------------ one run, anywhere
@@ -74,7 +75,7 @@ def load_run(folder, clip=None, device=None):
         if config["classifier"] == "prompts":
             model = make_model(clip_model, groups, config)
         else:
-            model = Probe(checkpoint["class_names"], torch.empty_like(state["weight"]))
+            model = ClassVectors(checkpoint["class_names"], torch.empty_like(state["weight"]))
         model.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
@@ -86,7 +87,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
     config, groups, model, clip_model, fingerprint = load_run(folder, clip, device)
-    trained = read_result(folder / "result.json")
+    its_result = read_result(folder / "result.json")
     dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
     if dataset != config["dataset"] and dataset_name(dataset) == dataset_name(config["dataset"]):
         raise BadInput(
@@ -110,10 +111,10 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         features = image_features(
             clip_model, fingerprint, split, split.test, what=what, cached=False
         )
-    model = probes.get(config["classifier"], model)  # these two know any classes
-    changed = trained["changed_flags"]
+    model = probes.get(config["classifier"], model)  # zeroshot, ensemble: of the target's classes
+    changed = its_result["changed_flags"]
     measured, predictions, weights = examine(model, config, changed, split, classes, features)
-    result = trained | measured
+    result = its_result | measured
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
     name = f"{split.name}_{classes}"
     save_json(result, folder / f"eval_{name}.json")
@@ -144,7 +145,7 @@ def draw_samples(split, predictions, weights, templates, path):
     samples_picture([split.open(split.test[i].path) for i in some], titles, path)
 
 
-def words(folder, clip=None, device=None, n_nearest=3):
+def nearest_words(folder, clip=None, device=None, n_nearest=3):
     """What the learned context vectors say: for each, the nearest words of CLIP's vocabulary with
     their Euclidean distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
 
@@ -157,18 +158,16 @@ def words(folder, clip=None, device=None, n_nearest=3):
     embeddings = clip_model.token_embedding.weight  # rows of unknown words are NaN
     known = (~embeddings.isnan().any(dim=1)).nonzero().flatten()
     decoder = tokenizer.SimpleTokenizer().decoder
-    found = {}
-    prompts = model.prompts
+    found, prompts = {}, model.prompts
     for template, *contexts in zip(
         prompts.templates, prompts.context_before, prompts.context_after
     ):
-        vectors = torch.cat(contexts).detach()
-        distances = torch.cdist(vectors, embeddings[known].float())
+        distances = torch.cdist(torch.cat(contexts).detach(), embeddings[known].float())
         nearest = distances.topk(min(n_nearest, len(known)), largest=False)
-        found[template] = [
-            [(decoder[known[i].item()].replace("</w>", ""), round(d, 3)) for i, d in zip(*pair)]
-            for pair in zip(nearest.indices.tolist(), nearest.values.tolist())
-        ]
+        found[template] = []
+        for indices, values in zip(nearest.indices, nearest.values.tolist()):
+            words = [decoder[token].replace("</w>", "") for token in known[indices].tolist()]
+            found[template].append([(w, round(d, 3)) for w, d in zip(words, values)])
     return found
 
 
@@ -176,7 +175,7 @@ def words(folder, clip=None, device=None, n_nearest=3):
 
 
 def print_words(folder, clip, device):
-    for template, vectors in words(folder, clip, device).items():
+    for template, vectors in nearest_words(folder, clip, device).items():
         print(template)
         for i, vector in enumerate(vectors, 1):
             print(f"  v{i}  " + "  ".join(f"{word} {distance:.3f}" for word, distance in vector))
@@ -206,8 +205,10 @@ def run_command_line():
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    of_runs = "dataset", "classes", "data", "clip", "device", "words"
-    for flag in of_runs[:3] if args.words else of_runs if args.run is None else ():
+    unread = ("dataset", "classes", "data") if args.words else ()
+    if args.run is None:
+        unread = "dataset", "classes", "data", "clip", "device", "words"
+    for flag in unread:
         if getattr(args, flag):
             parser.error(f"--{flag} means nothing here")
     if args.table:

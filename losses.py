@@ -22,18 +22,19 @@ def gate_loss(gate_logits, target):
 
 
 def text_loss(text_features, prototypes, scale=1.0):
-    """Keeps each soft prompt near its own group's hard prompts, class by class.
+    """Ties each soft prompt to its own group's hard prompts, class by class.
 
-    Within each group, soft prompt c should be most like the prototype of class c among all
-    classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups and
-    classes. `scale` is 1 as in the published code, which makes this a soft pull on all classes
-    (no pair is ever far enough apart to be "done"); LASP, where the idea comes from, uses CLIP's
-    100.
+    Soft prompt g with class c should be more like prototype [g, c] than like the prototypes of
+    other classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups
+    and classes. `scale` is 1 as in the published code: the softmax never saturates, so every class
+    always gets a gradient, and t = p is not yet the minimum, as pushing classes further apart
+    lowers the loss. LASP, where the idea comes from, uses CLIP's 100.
 
     When training sees base classes only, C is still *all* class names: names cost no images, and
-    this is meant to keep the new classes in place. text_features and prototypes (G, C, D).
+    this is meant to keep the new classes in place. text_features and prototypes (G, C, D); with
+    more dimensions in front, averaged over these as well.
     """
     logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)
-    logits = logits.flatten(0, -2)
-    labels = torch.arange(logits.shape[1], device=logits.device)
-    return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels)))
+    logits, n_classes = logits.flatten(0, -2), logits.shape[-1]  # (G * C soft, C hard)
+    labels = torch.arange(n_classes, device=logits.device).repeat(len(logits) // n_classes)
+    return F.cross_entropy(logits, labels)

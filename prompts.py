@@ -1,18 +1,18 @@
 """Templates in groups, what they give CLIP as they are, and the soft prompts that start from them.
 
 A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
-the same thing about an image form a *group*. The groups of EuroSAT, as published:
+the same thing about an image form a *group*. The groups of EuroSAT as published, one per line:
 
     a centered satellite photo of {}.
     a photo of a {}.
-    a photo of the large {}.           a photo of a large {}.
-    a photo of the small {}.           a photo of a small {}.
-    a low resolution photo of the {}.  a low resolution photo of a {}.
-    a pixelated photo of the {}.       a pixelated photo of a {}.      (one group of four)
-    a good photo of the {}.            a good photo of a {}.
+    a photo of the large {}. | a photo of a large {}.
+    a photo of the small {}. | a photo of a small {}.
+    a low resolution photo of the {}. | a low resolution photo of a {}. |
+        a pixelated photo of the {}. | a pixelated photo of a {}.
+    a good photo of the {}. | a good photo of a {}.
 
-(Those of all datasets are in lib/catalogue.py.) The templates of a group are *hard prompts*: fixed
-text, that CLIP reads as it is. Each group gives
+Those of all datasets are in lib/catalogue.py. The templates of a group are *hard prompts*: fixed
+text that CLIP reads as it is. Each group gives
 
 - one *hard prototype* per class: the mean feature of its templates with that class name, and
 - one *soft prompt*: its first template, whose words, all but the class name, become vectors that
@@ -22,93 +22,17 @@ Letters in shapes: G groups = soft prompts, T templates, C classes, V context ve
 the text encoder, D width of the joint embedding.
 """
 
-from itertools import chain, count
-from pathlib import Path
+from itertools import count
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.catalogue import row_of, template_groups
+from lib.catalogue import row_of
 from lib.encoder import CHUNK, LEARNED, Sentences
-from lib.errors import BadInput
-from lib.grouping import group_templates
-from lib.probe import Probe
+from lib.probe import ClassVectors
+from lib.templates import check_template
 from lib.tokens import EOT, SOS, check_length, check_words, known_tokens, token_ids
-
-# ---------------------------------------------------------------------------------- templates
-
-
-def check_template(template):
-    """The template; raises BadInput unless it has one place for the class name."""
-    if template.count("{}") != 1:
-        raise BadInput(f"the template {template!r} needs one {{}} where the class name goes")
-    return template
-
-
-def check_init(init):
-    """Raises BadInput unless `--init` is `template`, `random`, a template, or None."""
-    if init not in ("template", "random", None):
-        try:
-            check_template(init)
-        except BadInput as error:
-            raise BadInput(f"--init: {error}; or template, or random") from error
-
-
-def read_groups(file):
-    """Template groups of one's own: one template per line, a blank line between groups.
-
-    Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
-    without {}, or two groups that start alike.
-    """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read the template groups in {file}: {error}") from error
-    groups = [[]]
-    for line in map(str.strip, text.splitlines()):
-        if line:
-            groups[-1].append(check_template(line))
-        else:
-            groups.append([])
-    groups = [group for group in groups if group]
-    if not groups:
-        raise BadInput(f"{file} holds no template")
-    firsts = [group[0] for group in groups]
-    for template in firsts:  # a prompt is named by the template it started from
-        if firsts.count(template) > 1:
-            raise BadInput(f"{file}: two groups start with {template!r}")
-    return groups
-
-
-def all_templates(groups):
-    """The templates of all groups in one list."""
-    return [template for group in groups for template in group]
-
-
-def named_groups(name, dataset, one_group=False):
-    """The groups that `--groups` names: `dataset` or `auto` for the dataset's own, else a file's.
-
-    one_group: all of them in one. Raises BadInput as `read_groups` does.
-    """
-    groups = template_groups(dataset) if name in ("dataset", "auto") else read_groups(name)
-    return [all_templates(groups)] if one_group else groups
-
-
-def find_groups(clip_model, groups, class_names, n_groups=0):
-    """`--groups auto`: the templates of `groups`, grouped by how alike CLIP finds them.
-
-    n_groups: how many; 0 for as many as set them apart best. Prints what it finds.
-    Raises BadInput for more groups than templates.
-    """
-    templates = all_templates(groups)
-    if n_groups > len(templates):
-        raise BadInput(f"--n-groups {n_groups} is above the number of templates, {len(templates)}")
-    features = template_features(clip_model, templates, class_names)
-    groups = group_templates(templates, features, n_groups)
-    print("groups found: " + " | ".join(", ".join(group) for group in groups))
-    return groups
-
 
 # -------------------------------------------------------------------------------- hard prompts
 
@@ -146,14 +70,17 @@ def hard_prototypes(features, groups):
 
 
 def untrained_classifiers(clip_model, dataset, class_names, features):
-    """CLIP as it is, the baselines that learn nothing: {"zeroshot": Probe, "ensemble": Probe}.
+    """CLIP as it is, the baselines that learn nothing: {"zeroshot": ..., "ensemble": ...}.
 
     zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
-    templates' features (T, C, D) averaged and normalised.
+    templates' features (T, C, D) averaged and normalised. Both hold one vector per class.
     """
     one = template_features(clip_model, [row_of(dataset).zero_shot], class_names)[0]
     mean = F.normalize(features.mean(dim=0), dim=-1)
-    return {"zeroshot": Probe(class_names, one), "ensemble": Probe(class_names, mean)}
+    return {
+        "zeroshot": ClassVectors(class_names, one),
+        "ensemble": ClassVectors(class_names, mean),
+    }
 
 
 # -------------------------------------------------------------------------------- soft prompts
@@ -205,7 +132,10 @@ class SoftPrompts(nn.Module):
         names = [token_ids(name) for name in class_names]
         for text, name in zip(class_names, names):
             check_words(known, name, text)
-        prompts, ids = [], count(LEARNED)  # ids of the vectors in the order of `context()`
+        # A sentence is a list of ids. Below LEARNED: a token of CLIP's vocabulary. LEARNED + i: row
+        # i of `context()`. `Sentences.encode` looks both up in one table, so that gradients reach
+        # the vectors.
+        prompts, ids = [], count(LEARNED)
         for template, *contexts in zip(self.templates, self.context_before, self.context_after):
             before, after = ([next(ids) for _ in vectors] for vectors in contexts)
             prompts.append([[SOS, *before, *name, *after, EOT] for name in names])
@@ -215,7 +145,8 @@ class SoftPrompts(nn.Module):
 
     def context(self):
         """All context vectors, prompt by prompt: (V, W)."""
-        return torch.cat([*chain(*zip(self.context_before, self.context_after))])
+        halves = zip(self.context_before, self.context_after)
+        return torch.cat([half for pair in halves for half in pair])
 
     def text_features(self, clip_model, bias=None, shift=None, only=None, chunk=CHUNK):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.

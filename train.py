@@ -1,6 +1,6 @@
 """Train a mixture of prompts for CLIP (MoCoOp, arXiv 2409.12011).
 
-    python train.py                                  # the built-in world: no network, half a minute
+    python train.py                                  # the built-in world: no network, 20 seconds
     python train.py --dataset eurosat --shots 4      # downloads CLIP ViT-B/16 and EuroSAT if absent
     python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
     python train.py --resume ...                     # go on with the run that the flags name
@@ -13,7 +13,8 @@ fires for what). The same flags give the same numbers, bit for bit on a CPU.
     python train.py --router uniform                 # MoCoOp without one of its parts
     torchrun --nproc_per_node 4 train.py ...         # the work of encoding, split
 
-From top to bottom: the flags, the methods as rows of flags, the mixture, the loop, a whole run.
+From top to bottom: the flags, the methods as rows of flags, the mixture, the loop, a whole run. To
+understand the method, start at `MoCoOp`.
 Letters in shapes: B images of a batch, N images, C classes, G prompts, T templates, D features.
 """
 
@@ -31,6 +32,7 @@ from lib.clip_model import load_clip
 from lib.encoder import CHUNK
 from lib.errors import BadInput, exit_on_bad_input
 from lib.flags import number
+from lib.grouping import group_templates
 from lib.images import image_features, image_layer_norms, training_features
 from lib.probe import fit_probe
 from lib.progress import Progress, nothing_left_if_diverged
@@ -43,17 +45,9 @@ from lib.runs import (
     run_folder,
     save_torch,
 )
+from lib.templates import all_templates, check_init, named_groups
 from losses import gate_loss, image_loss, text_loss
-from prompts import (
-    SoftPrompts,
-    all_templates,
-    check_init,
-    find_groups,
-    hard_prototypes,
-    named_groups,
-    template_features,
-    untrained_classifiers,
-)
+from prompts import SoftPrompts, hard_prototypes, template_features, untrained_classifiers
 from router import Router, gate_target, mixed_logits
 
 # ---------------------------------------------------------------------------------- the flags
@@ -65,7 +59,7 @@ FLAGS = {
         "dataset": ("shapes", str, f"one of {', '.join(DATASETS)}; or a folder of yours"),
         "shots": (16, number(int, 1), "training images per class"),
         "classes": ("all", ("all", "base", "new"), "all, the first half, or the rest"),
-        "seed": (1, number(int, 0), "of samples, start and order"),
+        "seed": (1, number(int, 0), "of few-shot samples, initial weights, order of images"),
         "method": ("mocoop", str, "sets the flags of the method"),
     },
     "CLIP and templates": {
@@ -98,7 +92,7 @@ FLAGS = {
         "epochs": (50, number(int, 1), "passes over the training images"),
         "warm_up": (5, number(int, 0), "epochs at 1e-5; never more than an eighth of all"),
         "batch_size": (32, number(int, 1), "images per step"),
-        "lr": (0.032, number(float, 1e-9), "for the method's own batch size, else in proportion"),
+        "lr": (0.032, number(float, 1e-9), "if not given, it grows with --batch-size"),
         "max_grad_norm": (1.0, number(float, 0), "gradients are clipped to it; 0: they are not"),
         "views": (8, number(int, 1), "stored random crops per training image"),
     },
@@ -110,7 +104,7 @@ FLAGS = {
         "resume": (False, bool, "go on where this run was stopped"),
     },
 }
-NOT_PART_OF_A_RUN = FLAGS["machine"].keys()  # these do not change its numbers
+NOT_PART_OF_A_RUN = FLAGS["machine"].keys()  # how it is computed: others may go on with it
 
 # A method is what it changes in the flags above. The numbers are each paper's own.
 ONE_PROMPT = {
@@ -139,7 +133,7 @@ METHODS = {
 }
 
 
-# Flags that nothing reads beside others: {flag: (when, what it would need)}.
+# Flags without effect beside others, an error if given: {flag: (when, what it would need)}.
 UNREAD = {
     "n_groups": (lambda c: c["groups"] != "auto", "--groups auto"),
     "top_k": (lambda c: c["router"] == "uniform", "a router that chooses"),
@@ -151,12 +145,16 @@ UNREAD = {
 
 
 def preset(config):
-    """What the flags of a run are unless they are given: {flag: value}."""
+    """The method's default for every flag it has: {flag: value}.
+
+    `classifier` is no flag: `prompts`, unless the method's row says otherwise.
+    """
     row = METHODS[config["method"]]
     own = {"classifier": "prompts", "clip": row_of(config["dataset"]).clip, "groups": "dataset"}
     if "classifier" in row:
         return own | row
     row = own | flags.method_defaults(FLAGS) | row
+    # The default rate is for the default batch; for others it changes in proportion.
     row["lr"] *= (config["batch_size"] or row["batch_size"]) / row["batch_size"]
     if isinstance(row["epochs"], dict):
         shots = 1 if config["dataset"] == "imagenet" else config["shots"]
@@ -213,7 +211,7 @@ class MoCoOp(nn.Module):
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
-            templates = [config["init"]]  # a prompt is named by what it started from
+            templates = [config["init"]]  # a single prompt is named by what it started from
         top_k = min(config["top_k"], len(groups))
         self.prompts = SoftPrompts(clip_model, templates, config["init"])
         self.router = Router(width, len(groups), top_k, config["router"])
@@ -232,15 +230,18 @@ class MoCoOp(nn.Module):
         """
         gate_logits, weights = self.router(image_features)
         if text_features is None:
-            only = weights.any(dim=0) if only == "selected" else None
-            text_features = self.text_features(image_features, only)
+            read = weights.any(dim=0) if only == "selected" else None  # (G,)
+            text_features = self.text_features(image_features, read)
         logits = mixed_logits(
             image_features, text_features[..., classes, :], weights, self.logit_scale
         )
         return gate_logits, weights, text_features, logits
 
     def text_features(self, image_features=None, only=None, shift=None):
-        """t[g, c] of the classes that `prompts.set_classes` was given last: (G, C, D)."""
+        """t[g, c] of the classes that `prompts.set_classes` was given last: (G, C, D).
+
+        image_features: only for `ConditionalMoCoOp`. only, shift: see `SoftPrompts`.
+        """
         device = self.clip_model.logit_scale.device
         with processes.mixed_precision(device, enabled=self.training):
             return self.prompts.text_features(
@@ -287,8 +288,8 @@ class ConditionalMoCoOp(MoCoOp):
         )
 
     def text_features(self, image_features=None, only=None):
-        if image_features is None:  # there are none that all images share
-            return None
+        if image_features is None:
+            return None  # none that all images share: `forward` computes them for each
         return super().text_features(only=only, shift=self.shift(image_features))
 
 
@@ -312,21 +313,23 @@ def learning_rate(epoch, epochs, lr, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-def fit(model, config, groups, hard_features, trained, features, labels, save, state=None):
+def fit(model, config, groups, hard_features, seen, load_features, labels, save, state=None):
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
 
-    hard_features: (T, C, D), of all templates of `groups` with the model's classes. trained: the
-    slice of these classes that has images; the image and gate loss see no other. features: called
-    with the indices of a batch, a view for each, and the epoch, returns (B, D). labels: (N,)
-    counting the trained classes. save, state: see `Progress`.
+    hard_features: (T, C, D), of all templates of `groups` with the model's classes. seen: the slice
+    of these classes that has images; the image and gate loss see no other. load_features: called
+    with the indices of a batch, a view for each, and the epoch, returns (B, D). labels: (N,),
+    counted within the seen classes. save: called with what is needed to go on, after each epoch;
+    state: one of these, to go on from there.
     """
     prototypes = hard_prototypes(hard_features, groups)  # (G, C, D)
-    # The text loss compares soft prompt text_prompt[i] with text_target[i].
-    text_target, text_prompt = prototypes, list(range(len(groups)))
+    # The text loss compares soft prompt prompt_of[i] with text_targets[i]: one pair per group, or,
+    # as LASP, one per template.
+    text_targets, prompt_of = prototypes, list(range(len(groups)))
     if config["text_target"] == "templates":
-        text_target = hard_features
-        text_prompt = [g for g, group in enumerate(groups) for _ in group]
+        text_targets = hard_features
+        prompt_of = [g for g, group in enumerate(groups) for _ in group]
     guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
     # Without the text loss nobody reads the prompts that no image of the batch selected.
     only = None if config["text_weight"] else "selected"
@@ -348,18 +351,18 @@ def fit(model, config, groups, hard_features, trained, features, labels, save, s
         for part in optimiser.param_groups:
             part["lr"] = lr * part["factor"]
         order = torch.randperm(n, generator=order_rng)
-        views = torch.randint(features.n_views, (n,), generator=order_rng)
+        views = torch.randint(load_features.n_views, (n,), generator=order_rng)
         for batch in order.split(config["batch_size"])[:n_batches]:
-            f, y = features(batch, views[batch], epoch), labels[batch]  # (B, D), (B,)
-            gate_logits, weights, text_features, logits = model(f, trained, only=only)
+            f, y = load_features(batch, views[batch], epoch), labels[batch]  # (B, D), (B,)
+            gate_logits, weights, text_features, logits = model(f, seen, only=only)
 
             losses = {"image": (1.0, image_loss(logits, y))}  # name: (weight, value)
             if guided:
-                target = gate_target(f, prototypes[:, trained], y, model.router.top_k)
+                target = gate_target(f, prototypes[:, seen], y, model.router.top_k)
                 losses["gate"] = config["gate_weight"], gate_loss(gate_logits, target)
             if config["text_weight"]:
-                soft = text_features[..., text_prompt, :, :]
-                value = text_loss(soft, text_target, config["text_scale"])
+                soft = text_features[..., prompt_of, :, :]
+                value = text_loss(soft, text_targets, config["text_scale"])
                 losses["text"] = config["text_weight"], value
             total = sum(weight * value for weight, value in losses.values())
 
@@ -384,15 +387,19 @@ def train(config, groups, folder, resume):
     processes.join(device)
     state = open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
     whole, split = few_shot_split(config)
+    if config["classifier"] == "linear" and not split.val:
+        raise BadInput("--method linear chooses its strength on val images: there are none")
     clip_model, fingerprint = processes.first(lambda: load_clip(config["clip"], device))
 
-    names, trained = split.class_names, slice(None)  # trained: which of the names have images
+    names, seen = split.class_names, slice(None)  # seen: which of the names have images
     if config["text_weight"]:  # the text loss holds on to every class name
         names = whole.class_names
-        trained = class_slice(len(names), config["classes"])
+        seen = class_slice(len(names), config["classes"])
     if config["groups"] == "auto":
-        groups = find_groups(clip_model, groups, names, config["n_groups"])
-        if config["top_k"] != flags.method_defaults(FLAGS)["top_k"]:  # the default is only a wish
+        templates = all_templates(groups)
+        features = template_features(clip_model, templates, names, config["chunk"])
+        groups = group_templates(templates, features, config["n_groups"])
+        if config["top_k"] != preset(config)["top_k"]:  # the default is lowered where it must be
             check_top_k(config["top_k"], groups)
     hard_features = template_features(clip_model, all_templates(groups), names, config["chunk"])
     torch.manual_seed(config["seed"])
@@ -405,7 +412,7 @@ def train(config, groups, folder, resume):
 
     encode = partial(image_features, clip_model, fingerprint, split)
     test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
-    own_features = hard_features[:, trained]
+    own_features = hard_features[:, seen]
     probes = untrained_classifiers(clip_model, split.dataset, split.class_names, own_features)
     zero_shot, ensemble = (accuracy(probe, split, split.test, test) for probe in probes.values())
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
@@ -420,7 +427,7 @@ def train(config, groups, folder, resume):
         features = training_features(clip_model, fingerprint, split, views, live)
         with nothing_left_if_diverged(folder):
             seconds, usage = fit(
-                model, config, groups, hard_features, trained, features, labels[0], save, state
+                model, config, groups, hard_features, seen, features, labels[0], save, state
             )
         if live:  # the encoder is another one now
             test = encode(split.test, what="test images", cached=False)

@@ -46,11 +46,15 @@ def read_torch_file(path, what):
     return content
 
 
+def read_text(file):
+    """The content of a text file. Raises BadInput if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error
+
+
 def read_lines(file):
     """The lines of a text file, stripped, without empty ones. Raises BadInput if it cannot be
     read."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]

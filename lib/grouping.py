@@ -7,6 +7,8 @@ number of groups is the one with the best silhouette, or the one that was asked 
 
 import torch
 
+from lib.errors import BadInput
+
 
 def distances(features):
     """How unlike templates are: 1 - cosine, after taking out what all templates of a class share,
@@ -42,13 +44,18 @@ def silhouette(distance, groups):
     return sum(scores) / len(scores)
 
 
-def group_templates(templates, features, n_groups=None):
-    """The templates in groups: lists of strings. n_groups: None or 0 for the best silhouette.
+def group_templates(templates, features, n_groups=0):
+    """The templates in groups: lists of strings. Prints them.
 
-    features: (T, C, D) from `prompts.template_features`.
+    features: (T, C, D) from `prompts.template_features`. n_groups: how many; 0: as many as give
+    the best silhouette. Raises BadInput for more groups than templates.
     """
+    if n_groups > len(templates):
+        raise BadInput(f"--n-groups {n_groups} is above the number of templates, {len(templates)}")
     distance = distances(features.cpu())
     sizes = [n_groups] if n_groups else range(2, len(templates))
     tries = [clusters(distance, n) for n in sizes] or [[[i] for i in range(len(templates))]]
     best = max(tries, key=lambda groups: silhouette(distance, groups) if len(groups) > 1 else 0)
-    return [[templates[i] for i in group] for group in best]
+    groups = [[templates[i] for i in group] for group in best]
+    print("groups found: " + " | ".join(", ".join(group) for group in groups))
+    return groups

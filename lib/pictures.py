@@ -53,7 +53,7 @@ def heat_map(columns, rows, share, title):
     axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel("soft prompt, by the template it started from")
+    axes.set_xlabel("soft prompt, by its group's first template")
     axes.set_title(f"{title}:\nshare of the router's weight (%)", loc="left", fontsize=10)
     for y, row in enumerate(share):
         for x, value in enumerate(row):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lib.errors import BadInput
 
 
-class Probe(nn.Module):
+class ClassVectors(nn.Module):
     """A weight vector and a bias per class: zero-shot CLIP, the ensemble, or a linear probe."""
 
     templates, top_k = (), 0  # no prompts
@@ -71,11 +71,11 @@ def logistic_regression(features, labels, n_classes, c):
 
 
 def fit_probe(class_names, features, val_features, labels, val_labels):
-    """A linear probe as a `Probe`, and the seconds that it took. Prints the strength it chose."""
+    """A linear probe as `ClassVectors`, and the seconds it took. Prints the strength it chose."""
     start = time.time()
     weight, bias, c = linear_probe(features, labels, val_features, val_labels, len(class_names))
     print(f"L2 strength chosen on val images: C = {c:.3g}")
-    return Probe(class_names, weight, bias), time.time() - start
+    return ClassVectors(class_names, weight, bias), time.time() - start
 
 
 def linear_probe(features, labels, val_features, val_labels, n_classes):

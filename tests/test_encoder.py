@@ -12,7 +12,8 @@ from conftest import HERE
 from lib import encoder
 from lib.catalogue import DATASETS
 from lib.encoder import encode_text, pack
-from prompts import SoftPrompts, all_templates
+from lib.templates import all_templates
+from prompts import SoftPrompts
 from tools.steps import one_sentence_a_row
 
 NAMES = ["cat", "sea", "Annual Crop Land", "long-sleeved t-shirt", "red star", "red ring"]

@@ -15,7 +15,8 @@ from lib.catalogue import DATASETS, template_groups
 from lib.errors import BadInput
 from lib.images import StoredFeatures
 from lib.probe import linear_probe, logistic_regression
-from prompts import SoftPrompts, all_templates, template_features
+from lib.templates import all_templates
+from prompts import SoftPrompts, template_features
 from train import MoCoOp
 
 NAMES = ["cat", "sea", "Annual Crop Land"]
@@ -381,7 +382,7 @@ def test_groups_are_found_where_there_are_some(run_train, tmp_path):
 
 def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_path):
     run_train("--shots 1 --epochs 1 --lr 1e-9 --warm-up 0")
-    nearest = eval.words(tmp_path / "run")
+    nearest = eval.nearest_words(tmp_path / "run")
     said = {template: [vector[0][0] for vector in vectors] for template, vectors in nearest.items()}
     assert said["a low resolution photo of the {}."] == [
         *("a", "low", "resolution", "photo", "of", "the")
@@ -392,4 +393,4 @@ def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_pat
     )
     run_train("--method zeroshot --shots 1 --out", tmp_path / "none")
     with pytest.raises(BadInput, match="it has no prompts"):
-        eval.words(tmp_path / "none")
+        eval.nearest_words(tmp_path / "none")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import HERE
 
 import prompts
-from lib import encoder
+from lib import encoder, templates
 from lib.catalogue import template_groups
 from lib.encoder import encode_text
 from lib.errors import BadInput
@@ -136,7 +136,7 @@ def test_a_template_without_a_place_for_the_name_is_refused(random_clip, tmp_pat
         template_features(random_clip, ["a {} and a {}"], NAMES)
     (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na photo\n")
     with pytest.raises(BadInput, match="'a photo' needs one {}"):
-        prompts.read_groups(tmp_path / "groups.txt")
+        templates.read_groups(tmp_path / "groups.txt")
 
 
 def test_a_class_name_too_long_for_clip_is_refused_by_name(random_clip):
@@ -150,18 +150,18 @@ def test_a_class_name_too_long_for_clip_is_refused_by_name(random_clip):
 def test_groups_of_ones_own_are_lines_with_blank_lines_between(tmp_path):
     file = tmp_path / "groups.txt"
     file.write_text("\na photo of a {}.\na picture of a {}.\n\n\n{} texture.\n")
-    assert prompts.read_groups(file) == [
+    assert templates.read_groups(file) == [
         ["a photo of a {}.", "a picture of a {}."],
         ["{} texture."],
     ]
     file.write_text("\n")
     with pytest.raises(BadInput, match="holds no template"):
-        prompts.read_groups(file)
+        templates.read_groups(file)
     with pytest.raises(BadInput, match="cannot read"):
-        prompts.read_groups(tmp_path / "absent.txt")
+        templates.read_groups(tmp_path / "absent.txt")
     file.write_text("a {}.\nb {}.\n\na {}.\n")
     with pytest.raises(BadInput, match="two groups start with 'a {}.'"):
-        prompts.read_groups(file)
+        templates.read_groups(file)
 
 
 def test_template_groups_have_the_published_sizes():
@@ -193,7 +193,7 @@ def test_template_groups_are_the_published_ones():
 
 
 def test_the_groups_shown_at_the_top_of_the_file_are_eurosats():
-    shown = prompts.__doc__.split("as published:")[1].split("(Those of all")[0]
-    shown = shown.replace("(one group of four)", "")
-    templates = [t.strip() for line in shown.splitlines() for t in line.split("  ") if t.strip()]
-    assert templates == prompts.all_templates(template_groups("eurosat"))
+    shown = prompts.__doc__.split("one per line:")[1].split("Those of all")[0].strip()
+    shown = shown.replace("|\n", "|")  # one group takes two lines
+    groups = [[t.strip() for t in line.split("|")] for line in shown.splitlines()]
+    assert groups == template_groups("eurosat")
