@@ -232,7 +232,7 @@ DATASETS = {
         split="split_zhou_UCF101.json",
         drive_id="1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
         counts=(7639, 1898, 3783),
-        archive=("https://drive.google.com/uc?id=10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
+        archive=("https://drive.google.com/file/d/10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
         folder_names={},
         templates=[ACTION, VIDEO_GAME, *GENERAL],
         zero_shot=ACTION[0],

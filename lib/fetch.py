@@ -1,10 +1,12 @@
 """Downloads: archives of images, and single files from Google Drive.
 
-Whatever is fetched arrives under a temporary name, is checked, and is renamed last: what stands in
-its place is whole.
+Whatever is fetched arrives in a scratch folder, is checked, and is renamed last: what stands in its
+place is whole. One process at a time fetches into a folder; others wait, and find what it fetched.
 """
 
 import contextlib
+import os
+import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -20,10 +22,16 @@ from torchvision.datasets.utils import (
 
 from lib.errors import BadInput
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then fetch the same, and the first to finish wins
+    fcntl = None
+
 FAILURES = (
     *(OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
     gdown.exceptions.DownloadError,
 )
+SCRATCH = ".fetching-"
 
 
 def fetch_images(url, md5, target):
@@ -33,15 +41,17 @@ def fetch_images(url, md5, target):
     md5: a checksum or None. Raises BadInput if anything goes wrong, and leaves nothing then.
     """
     folder = target.parent
-    print(f"{target} is not there: downloading {url}")
     try:
         with _scratch(folder) as scratch:
+            if target.exists():
+                return
+            print(f"{target} is not there: downloading {url}")
             archive, files = scratch / ("archive" + _suffix(url)), scratch / "files"
             download_url(url, scratch, archive.name, md5)
             extract_archive(archive, files)
-            for inner in files.rglob("*.tar.gz"):  # Caltech 101 comes as archives in an archive
+            for inner in _without_junk(files.rglob("*.tar.gz")):  # Caltech 101: archives in one
                 extract_archive(inner, inner.parent)
-            found = [p for p in files.rglob(target.name) if p.is_dir()]
+            found = [p for p in _without_junk(files.rglob(target.name)) if p.is_dir()]
             if not found:
                 raise RuntimeError(f"the archive holds no folder {target.name}")
             images = min(found, key=lambda path: len(path.parts))
@@ -51,9 +61,9 @@ def fetch_images(url, md5, target):
             images.rename(target)
     except FAILURES as error:
         raise BadInput(
-            f"no images at {target}, and downloading {url} failed ({_first_line(error)}): unpack"
-            f" that archive in {folder} by hand, or point --data at the folder that holds"
-            f" {folder.name}/"
+            f"no images at {target}, and downloading {url} failed ({_first_line(error)}): try"
+            f" again, unpack that archive in {folder} by hand, or point --data at the folder that"
+            f" holds {folder.name}/"
         ) from error
 
 
@@ -63,32 +73,62 @@ def fetch_file(drive_id, target, check):
     check: called with the path of the download; raises BadInput if the file is not what it should
     be. Raises BadInput if anything goes wrong, and leaves nothing then.
     """
-    print(f"{target} is not there: downloading it from Google Drive")
     try:
         with _scratch(target.parent) as scratch:
+            if target.exists():
+                return
+            print(f"{target} is not there: downloading it from Google Drive")
             download_file_from_google_drive(drive_id, scratch, target.name)
             check(scratch / target.name)
             (scratch / target.name).rename(target)
     except (BadInput, *FAILURES) as error:
         raise BadInput(
-            f"no file {target}, and downloading it failed ({_first_line(error)}):"
+            f"no file {target}, and downloading it failed ({_first_line(error)}): try again, or"
             f" put https://drive.google.com/file/d/{drive_id} there by hand"
         ) from error
 
 
 @contextlib.contextmanager
 def _scratch(folder):
-    """A temporary folder in `folder`; if the block raises, folders made for it go as well."""
+    """A temporary folder in `folder`, for this process alone. What killed processes left there is
+    removed; if the block raises, so are folders made for it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            yield Path(scratch)
+        with _lock(folder / f"{SCRATCH}lock"):
+            for stale in folder.glob(f"{SCRATCH}*/"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+                yield Path(scratch)
     except BaseException:
         for empty in made:
             with contextlib.suppress(OSError):
                 empty.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Waits until no other process is in this block. The lock ends with the process, however that
+    ends."""
+    while fcntl:
+        file = open(path, "w")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                break
+        file.close()  # whoever held it has removed it since
+    try:
+        yield
+    finally:
+        if fcntl:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _without_junk(paths):
+    """The paths that are no leftovers of a Mac: __MACOSX/... and ._name."""
+    return [p for p in paths if "__MACOSX" not in p.parts and not p.name.startswith("._")]
 
 
 def _suffix(url):
