@@ -74,16 +74,10 @@ class Split:
             raise BadInput(f"cannot read the image {self.folder / path}: {error}") from error
 
     def identity(self, path):
-        """A string that changes when the image at `path` changes: its file's path, size and time,
-        or how it is drawn. Raises BadInput if there is no such file."""
+        """What `open(path)` depends on beside the bytes of a file, as a string."""
         if self.folder is None:
             return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
-        file = os.path.join(os.path.abspath(self.folder), path)
-        try:
-            stat = os.stat(file)
-        except OSError as error:
-            raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
-        return f"{file}|{stat.st_size}|{stat.st_mtime_ns}|{self._exif_applies}"
+        return f"{path}|{self._exif_applies}"
 
     @property
     def _exif_applies(self):
@@ -204,7 +198,7 @@ def load_split(dataset, root):
         return _split(dataset, None, "shapes", world.DOWNSTREAM, world.lists(dataset))
     if not (folder / row.images).is_dir():
         if not row.archive:
-            origin = row.origin or "them by hand (its row in lib/catalogue.py names no origin)"
+            origin = row.origin or "the images (its row in lib/catalogue.py names no origin)"
             raise BadInput(
                 f"no images at {folder / row.images}, and {dataset} cannot be downloaded:"
                 f" put there {origin}"

@@ -30,7 +30,7 @@ class Router(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"no router of the kind {kind!r}: {', '.join(KINDS)}")
-        self.n_prompts = n_prompts
+        self.kind, self.n_prompts = kind, n_prompts
         self.top_k = n_prompts if kind == "uniform" else top_k
         self.gate = None
         if kind != "uniform":
@@ -41,6 +41,7 @@ class Router(nn.Module):
 
         An image's weights sum to 1 and are zero for all but its K prompts. Softmax runs over the
         K chosen logits alone: what the others scored must not shrink the chosen ones' weights.
+        The gate loss reads the gate_logits that are returned here.
         """
         if self.gate is None:
             gate_logits = image_features.new_zeros(len(image_features), self.n_prompts)

@@ -318,10 +318,9 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
     of each prompt in every epoch.
 
     hard_features: (T, C, D), of all templates of `groups` with the model's classes. seen: the slice
-    of these classes that has images; the image and gate loss see no other. load_features: called
-    with the indices of a batch, a view for each, and the epoch, returns (B, D). labels: (N,),
-    counted within the seen classes. save: called with what is needed to go on, after each epoch;
-    state: one of these, to go on from there.
+    of these classes that has images; the image and gate loss see no other. load_features: see
+    `training_features`. labels: (N,), counted within the seen classes. save: called after each
+    epoch with what is needed to go on; state: one of these, to go on from there.
     """
     prototypes = hard_prototypes(hard_features, groups)  # (G, C, D)
     # The text loss compares soft prompt prompt_of[i] with text_targets[i]: one pair per group, or,
@@ -352,8 +351,9 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
             part["lr"] = lr * part["factor"]
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(load_features.n_views, (n,), generator=order_rng)
-        for batch in order.split(config["batch_size"])[:n_batches]:
-            f, y = load_features(batch, views[batch], epoch), labels[batch]  # (B, D), (B,)
+        batches = order.split(config["batch_size"])[:n_batches]
+        for batch, f in zip(batches, load_features(batches, views, epoch)):
+            y = labels[batch]  # f: (B, D), y: (B,)
             gate_logits, weights, text_features, logits = model(f, seen, only=only)
 
             losses = {"image": (1.0, image_loss(logits, y))}  # name: (weight, value)

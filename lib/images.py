@@ -1,18 +1,16 @@
-"""Image features: transforms, and a cache so that each image is encoded once in its life.
+"""Images on their way to features: preprocessing, views, threads, and the frozen image encoder.
 
-CLIP's image encoder is frozen, so the feature of an image never changes. Test images are encoded
-once, training images once per *view* (an augmented crop), and all of it is kept on disk, for every
-later run with another seed, method or number of shots.
-
-The cache is a folder of shards, files with some keys and their feature rows. A shard is written
-whole under a temporary name and then never changes, so runs can share the cache at the same time;
-at worst both encode an image.
+Decoding and preprocessing happen in threads, one batch ahead of the encoder: Pillow and torch let
+go of the interpreter while they work. CLIP's image encoder is frozen, so the feature of an image
+never changes: test images are encoded once, training images once per *view* (an augmented crop),
+and lib/cache.py keeps them for every later run with another seed, method or number of shots.
 """
 
-import contextlib
+import functools
 import hashlib
+import math
 import os
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL
@@ -20,58 +18,93 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-import torchvision.transforms as T
-from torch.utils.data import DataLoader, Dataset
+import torchvision.transforms.functional as TF
 from tqdm import tqdm
 
-from lib import processes
+from lib import cache, processes
 from lib.clip_model import MEAN, STD
 from lib.errors import BadInput
-from lib.files import replacing
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
+ENCODING = 1  # part of every cache key: raise it with any change to the numbers below
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; what is encoded is safe on disk at least this often
-BICUBIC = T.InterpolationMode.BICUBIC
+BICUBIC = TF.InterpolationMode.BICUBIC
+
+# ------------------------------------------------------------------------------- preprocessing
 
 
-def test_transform(size):
-    """CLIP's: the short side to `size` pixels, centre crop, normalised."""
-    return T.Compose(
-        [T.Resize(size, BICUBIC), T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)]
-    )
+def preprocess(image, size):
+    """CLIP's own: the short side to `size` pixels, centre crop, normalised. PIL -> (3, H, W)."""
+    image = TF.center_crop(TF.resize(image, size, BICUBIC), [size, size])
+    return TF.normalize(TF.to_tensor(image), MEAN, STD)
 
 
-def train_transform(size):
-    """CoOp's: random resized crop and horizontal flip."""
-    crop = T.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+def preprocess_view(image, size, seed):
+    """CoOp's for training: a random resized crop (8 to 100% of the area), flipped half the time.
+
+    seed: an int; the same arguments give the same view. The draws are those of torchvision's
+    `RandomResizedCrop` and `RandomHorizontalFlip`, from a generator of the view's own instead of
+    the one that all threads share.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    top, left, height, width = _crop(*image.size, rng)
+    image = TF.resized_crop(image, top, left, height, width, [size, size], BICUBIC)
+    if torch.rand(1, generator=rng) < 0.5:
+        image = TF.hflip(image)
+    return TF.normalize(TF.to_tensor(image), MEAN, STD)
 
 
-class _Preprocessed(Dataset):
-    """(path, view) pairs as tensors. View v of an image is random, but seeded by its path and v
-    alone, so that every seed and method meets the same views."""
-
-    def __init__(self, split, transform, wanted):
-        self.split, self.transform, self.wanted = split, transform, wanted
-
-    def __len__(self):
-        return len(self.wanted)
-
-    def __getitem__(self, i):
-        path, view = self.wanted[i]
-        seed = hashlib.sha256(os.fsencode(f"{path}|{view}")).digest()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(seed[:8], "little"))
-                return self.transform(self.split.open(path))
-        except BadInput as error:  # returned, as a worker process would garble a raised one
-            return error
+def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
+    """A random part of an image of that size: (top, left, height, width) in pixels."""
+    low, high = torch.log(torch.tensor(ratios))
+    for _ in range(10):
+        area = width * height * torch.empty(1).uniform_(0.08, 1.0, generator=rng).item()
+        ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=rng)).item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,), generator=rng).item()
+            left = torch.randint(width - w + 1, (1,), generator=rng).item()
+            return top, left, h, w
+    # A very long image: the largest part in its middle that has one of the ratios.
+    w = min(width, round(height * ratios[1]))
+    h = min(height, round(width / ratios[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _collate(images):
-    """One tensor per batch, or the first image's error."""
-    return next((i for i in images if isinstance(i, BadInput)), None) or torch.stack(images)
+def load_image(split, path, view, size):
+    """An image of a split, preprocessed: (3, size, size). view: None for the test transform, else
+    the number of the view, which is seeded by path and number alone: every run meets the same."""
+    image = split.open(path)
+    if view is None:
+        return preprocess(image, size)
+    seed = hashlib.sha256(os.fsencode(f"{path}|{view}")).digest()
+    return preprocess_view(image, size, int.from_bytes(seed[:8], "little"))
+
+
+@functools.cache
+def _threads():
+    """One pool for the whole run."""
+    return ThreadPoolExecutor(processes.n_threads())
+
+
+def _one_ahead(load, batches):
+    """Yields (a batch, what `load(*item)` gives for its items, stacked), while threads load the
+    next batch."""
+    pending = []
+    try:
+        for batch in [*batches, None]:
+            ahead = [_threads().submit(load, *item) for item in batch] if batch else None
+            if pending:
+                previous, futures = pending.pop()
+                yield previous, torch.stack([future.result() for future in futures])
+            pending.append((batch, ahead))
+    finally:
+        for _, futures in pending:
+            for future in futures or ():
+                future.cancel()
+
+
+# ------------------------------------------------------------------------------------ features
 
 
 def image_features(clip_model, fingerprint, split, items, n_views=None, what="images", cached=True):
@@ -82,61 +115,98 @@ def image_features(clip_model, fingerprint, split, items, n_views=None, what="im
     what: to call them in the line that says how many came from the cache.
     cached: False for an encoder that has been trained since it was given its fingerprint.
     Returns (N, D), or (N, views, D), on the model's device.
-    Raises BadInput for an image that cannot be read.
+    Raises BadInput for an image that cannot be read, and for features that are not finite.
     """
-    device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
+    device, width = clip_model.logit_scale.device, clip_model.text_projection.shape[1]
     if not items:
-        return torch.zeros(0, clip_model.text_projection.shape[1], device=device)
-    transform = train_transform(size) if n_views else test_transform(size)
-    views = range(n_views or 1)
+        return torch.zeros(0, width, device=device)
+    # Everything that a feature depends on. The folder's name has the weights and the way of
+    # encoding, a row's key the image and the view.
+    how = [ENCODING, fingerprint, device.type, PIL.__version__, torchvision.__version__]
+    folder = cache.CACHE / split.name / cache.hashed("|".join(map(str, how))).hex()
+    views = range(n_views) if n_views else [None]
+    names = cache.content_names(split, {item.path: None for item in items}, _threads().map)
+    keys = [cache.hashed(f"{names[item.path]}|{view}") for item in items for view in views]
+    wanted = dict(zip(keys, [(split, item.path, view) for item in items for view in views]))
 
-    # Everything that a feature depends on. The folder's name has the weights and the way from file
-    # to tensor, a row's key the image and the view.
-    how = [fingerprint, transform, device.type, PIL.__version__, torchvision.__version__]
-    how = "|".join(map(str, how))
-    folder = CACHE / split.name / hashlib.sha256(how.encode()).hexdigest()[:16]
-    keys, wanted = [], {}
-    for item in items:
-        identity = split.identity(item.path)
-        for view in views:
-            keys.append(hashlib.blake2b(os.fsencode(f"{identity}|{view}"), digest_size=16).digest())
-            wanted[keys[-1]] = (item.path, view)
     # The first process keeps the cache; all encode.
     rows = {}
     if cached and processes.rank() == 0:
-        rows = _load_rows(folder, set(wanted), clip_model.text_projection.shape[1])
+        rows = cache.load_rows(folder, set(wanted), width + 1)
     todo = processes.from_first([key for key in wanted if key not in rows])
     print(
         f"{what}: {len(items):,}"
         + (f" x {len(views)} views" if len(views) > 1 else "")
         + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
     )
-    bar = tqdm(total=len(todo), desc="encoding", leave=False, disable=processes.rank() > 0 or None)
-    for start in range(0, len(todo), SHARD):
-        shard = todo[start : start + SHARD]
-        own = shard[processes.rank() :: processes.world()]
-        try:
-            encoded = _encode(
-                clip_model, _Preprocessed(split, transform, [wanted[k] for k in own]), bar
-            )
-        except BadInput as error:  # sent to all processes, so that all end with it
-            encoded = error
-        parts = processes.gather(encoded)
-        for part in parts:
-            if isinstance(part, BadInput):
-                raise part
-        shard_rows = [None] * len(shard)
-        for r, part in enumerate(parts):
-            shard_rows[r :: len(parts)] = part
-        rows.update(zip(shard, shard_rows))
-        if cached and processes.rank() == 0:
-            _save_rows(folder, shard, shard_rows)
-    bar.close()
+    quiet = processes.rank() > 0 or None
+    with tqdm(total=len(todo), unit=" images", leave=False, disable=quiet) as bar:
+        for start in range(0, len(todo), SHARD):
+            shard = todo[start : start + SHARD]
+            own = [wanted[key] for key in shard[processes.rank() :: processes.world()]]
+            try:
+                encoded = _encode(clip_model, own, bar)
+            except BadInput as error:  # sent to all processes, so that all end with it
+                encoded = error
+            parts = processes.gather(encoded)
+            for part in parts:
+                if isinstance(part, BadInput):
+                    raise part
+            shard_rows = [None] * len(shard)
+            for r, part in enumerate(parts):
+                shard_rows[r :: len(parts)] = part
+            rows.update(zip(shard, shard_rows))
+            if cached and processes.rank() == 0:
+                cache.save_rows(folder, shard, shard_rows)
     features = None
     if processes.rank() == 0:
-        features = torch.from_numpy(np.stack([rows[key] for key in keys]))
+        features = torch.from_numpy(np.stack([rows[key][:width] for key in keys]))
     features = processes.from_first(features).to(device)
-    return features if n_views is None else features.view(len(items), len(views), -1)
+    return features if n_views is None else features.view(len(items), n_views, width)
+
+
+@torch.no_grad()
+def _encode(clip_model, wanted, bar):
+    """Features of images, one array (D + 1,) each: the unit vector, and the norm that it had.
+
+    wanted: (split, path, view) of each. Every batch is filled up with zeros to one size: matrix
+    products of one shape give an image the same bits whatever its neighbours, so a run does not
+    depend on what was in the cache before it.
+    """
+    device = clip_model.logit_scale.device
+    size, n = clip_model.visual.input_resolution, BATCH[device.type]
+    batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
+    rows = []
+    for batch, images in _one_ahead(lambda *item: load_image(*item, size), batches):
+        padded = images.new_zeros(n, *images.shape[1:], device=device)
+        padded[: len(images)] = images.to(device)
+        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+            features = clip_model.encode_image(padded)[: len(images)].float()
+        finite = features.isfinite().all(dim=1)
+        if not finite.all():
+            split, path, _ = batch[finite.int().argmin()]
+            raise BadInput(
+                f"CLIP's features of {(split.folder or split.name)}/{path} are not finite numbers:"
+                " are these weights damaged?"
+            )
+        norm = features.norm(dim=-1, keepdim=True)
+        rows.extend(torch.cat([F.normalize(features, dim=-1), norm], dim=1).cpu().numpy())
+        bar.update(len(images) * processes.world())  # the others have done as much
+    return rows
+
+
+def photo_features(clip_model, images):
+    """Normalised features (N, D) of PIL images that belong to no dataset, computed here and now."""
+    device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
+    batches = [[(image, size)] for image in images]
+    with torch.no_grad():
+        features = [
+            clip_model.encode_image(x.to(device)) for _, x in _one_ahead(preprocess, batches)
+        ]
+    return F.normalize(torch.cat(features).float(), dim=-1)
+
+
+# ----------------------------------------------------------------------------- while training
 
 
 def image_layer_norms(clip_model):
@@ -150,7 +220,8 @@ def image_layer_norms(clip_model):
 
 def training_features(clip_model, fingerprint, split, n_views, live):
     """The features of a split's training images, as a training loop reads them: called with the
-    indices of a batch (B,), a view for each (B,), and the epoch, it returns (B, D).
+    batches of an epoch, each the indices of its images (B,), a view for each image of the split
+    (N,), and the epoch, it yields the features (B, D) of one batch after the other.
 
     n_views: as in `image_features`. live: encoded anew in every step, because the encoder learns;
     else encoded now, once, and the image encoder lets go of its memory.
@@ -170,8 +241,9 @@ class StoredFeatures:
         self.features = features if features.dim() == 3 else features[:, None]
         self.n_views = self.features.shape[1]
 
-    def __call__(self, images, views, epoch):
-        return self.features[images, views]
+    def __call__(self, batches, views, epoch):
+        for batch in batches:
+            yield self.features[batch, views[batch]]
 
 
 class LiveFeatures:
@@ -181,75 +253,21 @@ class LiveFeatures:
 
     def __init__(self, clip_model, split, cropped):
         print("training the image encoder's LayerNorms: images are encoded in every step")
-        size = clip_model.visual.input_resolution
-        transform = train_transform(size) if cropped else test_transform(size)
-        self.clip_model, self.split, self.transform = clip_model, split, transform
+        self.clip_model, self.split, self.cropped = clip_model, split, cropped
 
-    def __call__(self, images, views, epoch):
-        wanted = [(self.split.train[i].path, epoch) for i in images]
-        crops = _Preprocessed(self.split, self.transform, wanted)
-        batch = _collate([crops[i] for i in range(len(crops))])
-        if isinstance(batch, BadInput):
-            raise batch
-        device = self.clip_model.logit_scale.device
-        with processes.mixed_precision(device):
-            features = self.clip_model.encode_image(batch.to(device))
-        return F.normalize(features.float(), dim=-1)
-
-
-@torch.no_grad()
-def _encode(clip_model, images, bar):
-    """Normalised features of preprocessed images, one (D,) array each.
-
-    Every batch is filled up with zeros to one size: matrix products of one shape give an image the
-    same bits whatever its neighbours, so a run does not depend on what was in the cache before it.
-    """
-    device = clip_model.logit_scale.device
-    n_workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // processes.world())
-    loader = DataLoader(images, BATCH[device.type], num_workers=n_workers, collate_fn=_collate)
-    rows = []
-    for batch in loader:
-        if isinstance(batch, BadInput):
-            raise batch
-        padded = batch.new_zeros(BATCH[device.type], *batch.shape[1:], device=device)
-        padded[: len(batch)] = batch.to(device)
-        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            features = clip_model.encode_image(padded)[: len(batch)].float()
-        rows.extend(F.normalize(features, dim=-1).cpu().numpy())
-        bar.update(len(batch) * processes.world())  # the others have done as much
-    return rows
-
-
-def _load_rows(folder, keys, width):
-    """The cached rows of `keys`, as far as there are any: {key: (D,) float32}."""
-    rows = {}
-    for shard in sorted(folder.glob("*.npz")) if os.access(folder, os.R_OK | os.X_OK) else []:
-        try:
-            with np.load(shard) as file:  # the zip format brings checksums
-                shard_keys = [key.tobytes() for key in file["keys"]]
-                if not keys.isdisjoint(shard_keys):
-                    shard_rows = file["rows"]
-                    if shard_rows.shape != (len(shard_keys), width) or np.isnan(shard_rows).any():
-                        raise ValueError("not features of this CLIP")
-                    rows.update((k, r) for k, r in zip(shard_keys, shard_rows) if k in keys)
-        except OSError as error:
-            print(f"a cache file is left out: {error}")
-        except Exception:  # damaged bytes may raise anything, and are only a cache
-            print(f"the cache file {shard} is damaged: encoding its images again")
-            with contextlib.suppress(OSError):
-                shard.unlink()
-    return rows
-
-
-def _save_rows(folder, keys, rows):
-    """One new shard. A cache that cannot be written costs time, not the run."""
-    shard = folder / f"{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}.npz"
-    try:
-        with replacing(shard) as scratch, open(scratch, "wb") as file:
-            np.savez(
-                file,
-                keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
-                rows=np.stack(rows).astype(np.float32),
-            )
-    except OSError as error:
-        print(f"features are not cached: {error}")
+    def __call__(self, batches, views, epoch):
+        size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
+        view = epoch if self.cropped else None
+        rank, world = processes.rank(), processes.world()
+        # Each process loads its share of every batch; all encode the whole batch.
+        own = [
+            [(self.split, self.split.train[i].path, view, size) for i in batch[rank::world]]
+            for batch in batches
+        ]
+        for batch, (_, images) in zip(batches, _one_ahead(load_image, own)):
+            whole = images.new_empty(len(batch), *images.shape[1:])
+            for r, part in enumerate(processes.gather(images)):
+                whole[r::world] = part
+            with processes.mixed_precision(device):
+                features = self.clip_model.encode_image(whole.to(device))
+            yield F.normalize(features.float(), dim=-1)

@@ -20,7 +20,8 @@ from lib.tables import accuracies, mean_h
 plt.rcParams["text.parse_math"] = False  # a class name may hold a dollar
 warnings.filterwarnings("ignore", "Glyph")  # nor has the font every script
 MOST_ROWS = 40  # of a heat map
-LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # told apart without colour
+LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # distinct without colour
+GREY_LINES = {"zero-shot": ":", "ensemble": "--"}
 
 
 def save_figure(figure, path, dpi=120):
@@ -123,7 +124,7 @@ def few_shot_figure(runs):
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for (method, line), (marker, style) in zip(sorted(lines.items()), LINES):
         if 0 in line:  # CLIP as it is needs no shots
-            axes.axhline(np.mean(line[0]), color="grey", ls=style, lw=1, label=method)
+            axes.axhline(np.mean(line[0]), color="grey", ls=GREY_LINES[method], lw=1, label=method)
             continue
         shots = sorted(line)
         mean, std = np.transpose([mean_std(line[s]) for s in shots])
@@ -136,7 +137,9 @@ def few_shot_figure(runs):
     axes.set(xlabel="shots (training images per class)", ylabel="accuracy (%)")
     untrained = [np.mean(line[0]) for line in lines.values() if 0 in line]
     axes.set_ylim(bottom=max(axes.get_ylim()[0], min(untrained) - 10))  # a probe starts far below
-    axes.set_title(f"{runs[0][0]['dataset']}, mean ± std of {seeds} seeds", loc="left", fontsize=10)
+    axes.set_title(
+        f"{runs[0][0]['dataset']}, mean ± std, {seeds} seeds at most", loc="left", fontsize=10
+    )
     axes.legend(frameon=False)
     return figure
 
@@ -145,7 +148,7 @@ def mean_router_figure(results):
     """Which prompt fires for which kind of image, the mean over seeds."""
     share = np.mean([r["router"]["share"] for r in results], axis=0)
     first = results[0]
-    title = f"{first['dataset']}, {first['shots']} shots, {_seeds(results)}"
+    title = f"{first['dataset']}, {first['method']}, {first['shots']} shots, {_seeds(results)}"
     return heat_map(list(first["prompt_usage"]), first["router"]["rows"], share, title)
 
 
@@ -163,7 +166,11 @@ def usage_figure(results):
     for template, line, (marker, style) in zip(prompts, 100 * share.T, cycle(LINES)):
         axes.plot(epochs, line, marker=marker, ls=style, markevery=every, label=template)
     axes.set(xlabel="epoch", ylabel="share of the router's weight (%)", ylim=(0, None))
-    axes.set_title(f"{results[0]['dataset']}, {_seeds(results)}", loc="left", fontsize=10)
+    axes.set_title(
+        f"{results[0]['dataset']}, {results[0]['method']}, {_seeds(results)}",
+        loc="left",
+        fontsize=10,
+    )
     axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
     return figure
 

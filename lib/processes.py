@@ -40,6 +40,13 @@ def choose_device(name):
     return device
 
 
+def n_threads():
+    """How many threads this process may use: its cores, shared with torchrun's other processes on
+    this machine."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def mixed_precision(device, enabled=True):
     """The autocast context in which the frozen encoders run: bf16 on a GPU that has it, fp16 on an
     older one, and no change on a CPU."""

@@ -38,8 +38,7 @@ def read_split_file(file, images):
         names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise BadInput(
-            f"{file} is not a split file (train, val and test lists of [path, label, class name]);"
-            " delete it to have it downloaded again"
+            f"{file} is not a split file (train, val and test lists of [path, label, class name])"
         ) from error
     if sorted(names) != list(range(len(names))):
         raise BadInput(f"{file}: the labels must run from 0 without gaps, found {sorted(names)}")

@@ -11,7 +11,8 @@ from clip.model import CLIP
 from PIL import Image
 
 import train
-from lib import flags, images
+from lib import cache as feature_cache
+from lib import flags
 
 HERE = Path(__file__).parent
 
@@ -24,7 +25,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def outside_world(cache, monkeypatch):
     """No test reads or writes the user's feature cache, or reaches the network."""
-    monkeypatch.setattr(images, "CACHE", cache)
+    monkeypatch.setattr(feature_cache, "CACHE", cache)
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -19,7 +19,6 @@ from lib import fetch
 from lib.catalogue import DATASETS, Row, template_groups
 from lib.errors import BadInput
 
-SPLIT_DATASETS = [name for name, row in DATASETS.items() if row.split]
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
 NAMES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead shark"]
@@ -87,7 +86,7 @@ def make_layout(root, dataset):
             (root / VARIANT_ROOTS[dataset] / "README.txt").write_text("not a class")
 
 
-@pytest.mark.parametrize("dataset", [d for d, row in DATASETS.items() if row.layout != "world"])
+@pytest.mark.parametrize("dataset", [*LAYOUTS, "fgvc_aircraft", "imagenet", *VARIANTS])
 def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_file, monkeypatch):
     root = tmp_path / "data"
     make_layout(root, dataset)
@@ -120,7 +119,7 @@ def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_f
             run_train(f"--dataset {dataset} --data {root} --out", tmp_path / "no")
 
 
-@pytest.mark.parametrize("dataset", SPLIT_DATASETS)
+@pytest.mark.parametrize("dataset", LAYOUTS)
 def test_class_names_are_read_from_the_split_without_underscores(dataset, tmp_path):
     make_layout(tmp_path, dataset)
     assert load_split(dataset, tmp_path).class_names == [f"Some class {i}" for i in range(5)]

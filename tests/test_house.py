@@ -30,7 +30,7 @@ def imports(file):
 
 
 def test_the_top_level_is_the_method():
-    assert {file.stem for file in ROOT.glob("*.py")} == SCRIPTS
+    assert {file.stem for file in ROOT.glob("*.py")} >= SCRIPTS
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,8 +1,11 @@
 """Transforms, views, and the cache of image features."""
 
+import hashlib
 import os
 import random
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,18 +13,19 @@ import clip
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms as T
 from conftest import draw_image
 from PIL import Image
 
-from data import load_split
-from lib import images
+from data import Item, Split, load_split
+from lib import cache, images, processes
 from lib.errors import BadInput
 from lib.images import image_features
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -34,23 +38,84 @@ def own_eurosat(eurosat, tmp_path):
 # -------------------------------------------------------------------------------- transforms
 
 
-def test_the_test_transform_is_clips_own():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
-    assert torch.equal(images.test_transform(32)(image), clip.clip._transform(32)(image))
+MODES = {"RGB": "jpg", "L": "png", "P": "gif", "CMYK": "jpg", "RGBA": "png", "1": "bmp"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with one photo per mode and shape, as a split: RGB, grey, palette, CMYK, ..."""
+    rng, items = np.random.default_rng(0), []
+    (tmp_path / "photos/a").mkdir(parents=True)
+    for mode, suffix in MODES.items():
+        for width, height in ((90, 50), (40, 41), (300, 20), (33, 200)):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            path = f"a/{mode}{width}.{suffix}"
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "photos" / path)
+            items.append(Item(path, 0))
+    return Split("photos", tmp_path / "photos", "coop", ["a"], items, [], items)
+
+
+def test_the_test_transform_is_clips_own_on_images_made_rgb_first_as_coop_does(photos):
+    for item in photos.test:
+        image = Image.open(photos.folder / item.path).convert("RGB")
+        expected = clip.clip._transform(32)(image)
+        assert torch.equal(images.load_image(photos, item.path, None, 32), expected), item.path
+
+
+def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_seed(photos):
+    crop = T.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+    normalise = T.Normalize(images.MEAN, images.STD)
+    theirs = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
+    for item in photos.train:
+        for view in range(6):
+            seed = hashlib.sha256(f"{item.path}|{view}".encode()).digest()[:8]
+            torch.manual_seed(int.from_bytes(seed, "little"))
+            expected = theirs(Image.open(photos.folder / item.path).convert("RGB"))
+            assert torch.equal(images.load_image(photos, item.path, view, 32), expected)
 
 
 def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
     split = load_split("eurosat", eurosat)
-    transform = images.train_transform(32)
     path, other = split.train[0].path, split.train[1].path
 
     def view(path, number):
         torch.manual_seed(random.randrange(1000))  # whatever else the run drew
-        return images._Preprocessed(split, transform, [(path, number)])[0]
+        return images.load_image(split, path, number, 32)
 
+    state = torch.get_rng_state()
+    images.load_image(split, path, 3, 32)
+    assert torch.equal(torch.get_rng_state(), state)  # and takes nothing from the run's own draws
     assert torch.equal(view(path, 3), view(path, 3))
     assert not torch.equal(view(path, 3), view(path, 4))
     assert not torch.equal(view(path, 3), view(other, 3))
+
+
+def test_images_are_loaded_by_threads_one_batch_ahead():
+    loaded, threads = [], set()
+
+    def load(i):
+        loaded.append(i)
+        threads.add(threading.current_thread())
+        return torch.tensor(i)
+
+    batches = [[(i,) for i in range(start, start + 4)] for start in (0, 4, 8)]
+    stream = images._one_ahead(load, batches)
+    batch, stacked = next(stream)
+    assert batch == batches[0] and stacked.tolist() == [0, 1, 2, 3]
+    while len(loaded) < 8:
+        time.sleep(0.001)
+    assert sorted(loaded) == list(range(8))  # the second batch, and no more
+    assert [stacked.tolist() for _, stacked in stream] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert threading.main_thread() not in threads
+
+
+def test_no_more_threads_than_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert processes.n_threads() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # torchrun's processes on this machine
+    assert processes.n_threads() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert processes.n_threads() == 1
 
 
 # --------------------------------------------------------------------------------- the cache
@@ -112,7 +177,7 @@ def test_another_clip_shares_nothing(eurosat, random_clip, capsys):
 def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, random_clip, capsys, damage):
     split = load_split("eurosat", eurosat)
     before, _ = encode(random_clip, split, split.test, capsys)
-    (shard,) = images.CACHE.rglob("*.npz")
+    (shard,) = cache.CACHE.rglob("*.npz")
     content = bytearray(shard.read_bytes())
     if damage == "cut":
         content = content[:-300]
@@ -145,7 +210,7 @@ def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, m
 
 
 def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, random_clip, capsys, monkeypatch):
-    monkeypatch.setattr(images, "CACHE", Path(os.devnull) / "cache")
+    monkeypatch.setattr(cache, "CACHE", Path(os.devnull) / "cache")
     split = load_split("eurosat", eurosat)
     found, said = encode(random_clip, split, split.test, capsys)
     assert len(found) == 30 and "features are not cached" in said
@@ -173,7 +238,7 @@ def test_features_do_not_depend_on_what_was_cached_before(
 ):
     split = load_split("eurosat", eurosat)
     together = image_features(random_clip, "x", split, split.test)
-    monkeypatch.setattr(images, "CACHE", tmp_path / "another")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "another")
     image_features(random_clip, "x", split, split.test[::3])  # other neighbours in the batch
     assert torch.equal(image_features(random_clip, "x", split, split.test), together)
 
@@ -197,4 +262,98 @@ def test_two_runs_may_share_a_cache_at_the_same_time(eurosat, random_clip, capsy
     assert "30 features from the cache, 0 to encode" in capsys.readouterr().out
     for start, part in zip((0, 5, 10, 0), found):
         assert torch.equal(part, together[start : start + 20])
-    assert not list(images.CACHE.rglob("*.tmp"))
+    assert not list(cache.CACHE.rglob("*.tmp"))
+
+
+def test_a_copy_of_a_dataset_and_its_cache_finds_everything(
+    eurosat, random_clip, tmp_path, monkeypatch, capsys
+):
+    split = load_split("eurosat", eurosat)
+    before, _ = encode(random_clip, split, split.test, capsys)
+    shutil.copytree(eurosat, tmp_path / "elsewhere")  # new paths, new times
+    for file in (tmp_path / "elsewhere").rglob("*.jpg"):
+        os.utime(file, (1, 1))
+    shutil.copytree(cache.CACHE, tmp_path / "copied cache")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "copied cache")
+    copied = load_split("eurosat", tmp_path / "elsewhere")
+    after, said = encode(random_clip, copied, copied.test, capsys)
+    assert "30 features from the cache, 0 to encode" in said
+    assert torch.equal(after, before)
+
+
+def test_files_are_read_for_their_digest_once(eurosat, random_clip, capsys, monkeypatch):
+    split = load_split("eurosat", eurosat)
+    encode(random_clip, split, split.test, capsys)
+    read = []
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file) or original(file))
+    encode(random_clip, split, split.test, capsys)
+    assert read == []
+    (cache.CACHE / "eurosat/index.json").write_text("[damaged")
+    _, said = encode(random_clip, split, split.test, capsys)
+    assert len(read) == 30 and "0 to encode" in said
+
+
+def test_an_image_of_the_same_size_and_time_but_other_bytes_is_noticed(
+    own_eurosat, random_clip, capsys
+):
+    """After its index entry is gone, as on another machine."""
+    split = load_split("eurosat", own_eurosat)
+    before, _ = encode(random_clip, split, split.test, capsys)
+    path = split.folder / split.test[0].path
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[-3] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (cache.CACHE / "eurosat/index.json").unlink()
+    _, said = encode(random_clip, split, split.test, capsys)
+    assert "1 to encode" in said
+
+
+def test_shards_can_be_read_by_whoever_the_umask_allows(eurosat, random_clip, capsys):
+    before = os.umask(0o022)
+    try:
+        split = load_split("eurosat", eurosat)
+        encode(random_clip, split, split.test, capsys)
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in cache.CACHE.rglob("*.*")}
+    assert modes == {0o644}
+
+
+def test_the_norm_of_a_feature_is_kept_beside_it(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    unit, _ = encode(random_clip, split, split.test, capsys)
+    (shard,) = cache.CACHE.rglob("*.npz")
+    rows = torch.from_numpy(np.load(shard)["rows"])
+    pixels = [images.load_image(split, item.path, None, 32) for item in split.test]
+    raw = random_clip.encode_image(torch.stack(pixels))
+    assert torch.allclose(rows[:, :-1] * rows[:, -1:], raw, atol=1e-4)
+    assert torch.equal(rows[:, :-1], unit)
+
+
+def test_features_that_are_not_finite_stop_the_run_and_are_never_cached(
+    eurosat, random_clip, monkeypatch
+):
+    split = load_split("eurosat", eurosat)
+
+    def damaged(clip_model, batch):
+        features = clip_model.visual(batch)
+        features[5, 0] = torch.nan
+        return features
+
+    monkeypatch.setattr(type(random_clip), "encode_image", damaged)
+    with pytest.raises(BadInput, match=f"{split.test[5].path} are not finite numbers"):
+        image_features(random_clip, "x", split, split.test)
+    assert not list(cache.CACHE.rglob("*.npz"))
+
+
+def test_what_killed_runs_left_in_the_cache_goes_when_it_is_old(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    encode(random_clip, split, split.test[:3], capsys)
+    (shard,) = cache.CACHE.rglob("*.npz")
+    old, young = shard.with_name("old.tmp"), shard.with_name("young.tmp")
+    old.write_text("half"), young.write_text("half")
+    os.utime(old, (1, 1))
+    encode(random_clip, split, split.test, capsys)
+    assert young.exists() and not old.exists()

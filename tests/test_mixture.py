@@ -107,8 +107,8 @@ def test_training_is_in_training_mode_and_predictions_are_not(model, monkeypatch
 
 
 def test_an_unknown_kind_of_router_is_an_error():
-    with pytest.raises(ValueError, match="no router of the kind 'noisy': trained, frozen, uniform"):
-        Router(4, 3, 2, "noisy")
+    with pytest.raises(ValueError, match="no router of the kind 'clairvoyant'"):
+        Router(4, 3, 2, "clairvoyant")
 
 
 # ------------------------------------------------------------------------------------- forks

@@ -355,7 +355,7 @@ def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
         ("--dataset eurosta", "unknown dataset 'eurosta' (did you mean 'eurosat'?)"),
         ("--dataset shapes_v2", "shapes_v2 has no training images"),
         ("--clip nothing.pt", "no CLIP file nothing.pt"),
-        ("--groups nothing.txt", "cannot read the template groups in nothing.txt"),
+        ("--groups nothing.txt", "cannot read nothing.txt"),
         ("--device tpu9", "no device 'tpu9'"),
         ("--device cuda:77", "no device 'cuda:77'"),
         ("--dataset eurosat --data nowhere", "no images at nowhere/eurosat/2750"),
