@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
 
 from lib import processes, readers, world
 from lib.catalogue import DATASETS
 from lib.errors import BadInput, nearest
-from lib.fetch import fetch_file, fetch_images
 from lib.files import read_lines
-from lib.readers import PARTS, class_folders, image_files, readable
+from lib.readers import PARTS, class_folders, image_files, open_photo, readable
 
 
 class Item(NamedTuple):
@@ -65,13 +63,7 @@ class Split:
         """The RGB image at `path`, a PIL image. Raises BadInput if it cannot be read."""
         if self.folder is None:
             return world.draw_path(self.dataset, path)
-        try:
-            with Image.open(self.folder / path) as image:
-                if self._exif_applies:
-                    image = ImageOps.exif_transpose(image)
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadInput(f"cannot read the image {self.folder / path}: {error}") from error
+        return open_photo(self.folder / path, self._exif_applies)
 
     def identity(self, path):
         """What `open(path)` depends on beside the bytes of a file, as a string."""
@@ -203,6 +195,8 @@ def load_split(dataset, root):
                 f"no images at {folder / row.images}, and {dataset} cannot be downloaded:"
                 f" put there {origin}"
             )
+        from lib.fetch import fetch_images  # here: its libraries take a second to import
+
         fetch_images(*row.archive, folder / row.images)
     if row.layout == "aircraft":
         read = readers.read_aircraft(folder, row.images)
@@ -215,17 +209,18 @@ def load_split(dataset, root):
             print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
             print("  NOT comparable with the field's")
             return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
-    else:  # imagenet and its variants; which images CoOp samples depends on the disk's order
+    else:
         names_file = _class_names_file(folder)
         read = readers.read_imagenet(folder, row.images, row.layout, names_file)
-        return _check(_split(dataset, folder, "coop", *read))
     split = _check(_split(dataset, folder, "coop", *read))
     _check_files(split)
-    counts = len(split.train), len(split.val), len(split.test)
-    if not row.counts or row.counts == counts:
-        return replace(split, samples="coop")
-    print(f"{dataset} lists {counts} images, the field's split {row.counts}: the numbers are")
-    print("  NOT comparable with the field's")
+    counts = tuple(len(getattr(split, part)) for part in PARTS)
+    if not all(n in (None, found) for n, found in zip(row.counts, counts)):
+        expected = tuple("any" if n is None else n for n in row.counts)
+        print(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
+        print("  NOT comparable with the field's")
+    elif row.layout in ("split", "aircraft"):  # ImageNet's sample depends on a disk's order
+        split = replace(split, samples="coop")
     return split
 
 
@@ -247,6 +242,8 @@ def _read_or_fetch_split(row, folder):
     if not (folder / row.split).is_file():
         if not row.drive_id:
             raise BadInput(f"no split file {folder / row.split}, and none to download")
+        from lib.fetch import fetch_file
+
         fetch_file(row.drive_id, folder / row.split, check)
     return readers.read_split_file(folder / row.split, row.images)
 
@@ -263,6 +260,8 @@ def _class_names_file(folder):
     if (folder / "classnames.txt").is_file():
         return folder / "classnames.txt"
     if not shared.is_file():
+        from lib.fetch import fetch_file
+
         fetch_file(imagenet.drive_id, shared, check)
     return shared
 

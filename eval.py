@@ -3,6 +3,7 @@
     python eval.py RUN                               # again on its own test images
     python eval.py RUN --classes new                 # a run of --classes base on the new classes
     python eval.py RUN --dataset shapes_sketch       # its prompts, another dataset's class names
+    python eval.py RUN --images photo.jpg album/     # what is on them, and which prompts said so
     python eval.py RUN --words                       # the words nearest to what was learned
     python eval.py --table out                       # all finished runs: mean ± std over seeds
     python eval.py --plots out                       # the same as pictures
@@ -12,11 +13,11 @@ beside it, and `samples_<...>.png`, test images with the prompts that they were 
 """
 
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from clip import simple_tokenizer as tokenizer
 
 from data import dataset_name, full_dataset, load_split, select_classes
 from lib.catalogue import template_groups
@@ -24,13 +25,15 @@ from lib.clip_model import load_clip
 from lib.errors import BadInput, exit_on_bad_input
 from lib.files import read_torch_file
 from lib.flags import Parser
-from lib.images import image_features
-from lib.pictures import draw_pictures, router_picture, samples_picture
+from lib.images import image_features, photo_features
+from lib.photos import check_outside, find_photos, open_photos, read_names, write_csv
 from lib.probe import ClassVectors
 from lib.processes import choose_device
+from lib.readers import open_photo
 from lib.runs import find_runs, read_result, save_json
 from lib.tables import runs_table
 from lib.templates import all_templates
+from lib.tokens import known_tokens, words_of
 from prompts import template_features, untrained_classifiers
 from train import accuracy, examine, make_model
 
@@ -38,13 +41,39 @@ from train import accuracy, examine, make_model
 
 
 class Run(NamedTuple):
-    """A trained run, ready to be used."""
+    """A trained run, ready to be used.
+
+    run = load_run("out/shapes/mocoop_16shot_all_seed1")
+    names, probabilities, weights = run.classify([Image.open("photo.jpg")])
+    """
 
     config: dict  # every flag
     groups: list  # of templates, one prompt each
+    class_names: list  # that it was trained on
     model: torch.nn.Module  # model.predict(class_names, image_features) -> labels, prompt weights
     clip_model: torch.nn.Module
     fingerprint: str  # of the CLIP's weights
+
+    def for_classes(self, dataset, class_names, groups):
+        """The model, made ready for these classes: only zeroshot and ensemble are not for any."""
+        if self.config["classifier"] not in ("zeroshot", "ensemble"):
+            return self.model
+        features = template_features(self.clip_model, all_templates(groups), class_names)
+        probes = untrained_classifiers(self.clip_model, dataset, class_names, features)
+        return probes[self.config["classifier"]]
+
+    def classify(self, images, class_names=None):
+        """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
+
+        class_names: of one's own; None for those of the training. Probabilities are the softmax of
+        the method's logits; a weight belongs to the prompt of `model.templates` at its place.
+        Raises BadInput if the method cannot answer with these classes.
+        """
+        names = self.class_names if class_names is None else list(class_names)
+        model = self.for_classes(self.config["dataset"], names, self.groups)
+        features = photo_features(self.clip_model, images)
+        logits, weights = (torch.cat(part) for part in zip(*model.logits(names, features)))
+        return names, logits.softmax(dim=-1).cpu(), weights.cpu()
 
 
 def load_run(folder, clip=None, device=None):
@@ -61,6 +90,7 @@ def load_run(folder, clip=None, device=None):
     try:
         config, groups = checkpoint["config"], checkpoint["groups"]
         state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
+        class_names = checkpoint["class_names"]
         for flag in ("clip", "classifier", "dataset", "classes", "data", "tune_visual_ln"):
             config[flag]
     except (KeyError, TypeError) as error:
@@ -75,18 +105,19 @@ def load_run(folder, clip=None, device=None):
         if config["classifier"] == "prompts":
             model = make_model(clip_model, groups, config)
         else:
-            model = ClassVectors(checkpoint["class_names"], torch.empty_like(state["weight"]))
+            model = ClassVectors(class_names, torch.empty_like(state["weight"]))
         model.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
-    device = clip_model.logit_scale.device
-    return Run(config, groups, model.to(device).eval(), clip_model, fingerprint)
+    model = model.to(clip_model.logit_scale.device).eval()
+    return Run(config, groups, class_names, model, clip_model, fingerprint)
 
 
 def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=None):
     """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
-    config, groups, model, clip_model, fingerprint = load_run(folder, clip, device)
+    run = load_run(folder, clip, device)
+    config, groups, _, model, clip_model, fingerprint = run
     its_result = read_result(folder / "result.json")
     dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
     if dataset != config["dataset"] and dataset_name(dataset) == dataset_name(config["dataset"]):
@@ -120,6 +151,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     save_json(result, folder / f"eval_{name}.json")
     draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
     if model.templates:
+        from lib.pictures import router_picture
+
         router_picture(result, folder / f"eval_{name}.png")
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
@@ -134,15 +167,21 @@ def draw_samples(split, predictions, weights, templates, path):
 
     predictions (N,) and weights (N, G) of all test images.
     """
+    from lib.pictures import samples_picture  # here: --help need not wait for matplotlib
+
     some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
     titles = []
     for i in some:
         truth, answer = split.class_names[split.test[i].label], split.class_names[predictions[i]]
         verdict = truth if truth == answer else f"{truth},\ntaken for {answer}"
-        chosen = [g for g in weights[i].argsort(descending=True).tolist() if weights[i, g] > 0]
-        lines = [f"{100 * weights[i, g]:.0f}% {templates[g]}" for g in chosen]
-        titles.append(("\n".join([verdict, *lines]), truth == answer))
+        titles.append(("\n".join([verdict, *used_prompts(weights[i], templates)]), truth == answer))
     samples_picture([split.open(split.test[i].path) for i in some], titles, path)
+
+
+def used_prompts(weights, templates):
+    """The prompts that an image was given, in words, the most important first. weights: (G,)."""
+    order = weights.argsort(descending=True).tolist()
+    return [f"{100 * weights[g]:.0f}% {templates[g]}" for g in order if weights[g] > 0]
 
 
 def nearest_words(folder, clip=None, device=None, n_nearest=3):
@@ -152,13 +191,12 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
     CoOp's look inside. Beware: a vector can do its work far away from any word.
     Raises BadInput for a run without prompts.
     """
-    config, _, model, clip_model, _ = load_run(folder, clip, device)
-    if config["classifier"] != "prompts":
-        raise BadInput(f"{folder} is a run of {config['method']}: it has no prompts")
-    embeddings = clip_model.token_embedding.weight  # rows of unknown words are NaN
-    known = (~embeddings.isnan().any(dim=1)).nonzero().flatten()
-    decoder = tokenizer.SimpleTokenizer().decoder
-    found, prompts = {}, model.prompts
+    run = load_run(folder, clip, device)
+    if run.config["classifier"] != "prompts":
+        raise BadInput(f"{folder} is a run of {run.config['method']}: it has no prompts")
+    embeddings = run.clip_model.token_embedding.weight
+    known = known_tokens(run.clip_model).nonzero().flatten()
+    found, prompts = {}, run.model.prompts
     for template, *contexts in zip(
         prompts.templates, prompts.context_before, prompts.context_after
     ):
@@ -166,9 +204,43 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
         nearest = distances.topk(min(n_nearest, len(known)), largest=False)
         found[template] = []
         for indices, values in zip(nearest.indices, nearest.values.tolist()):
-            words = [decoder[token].replace("</w>", "") for token in known[indices].tolist()]
+            words = words_of(known[indices].tolist())
             found[template].append([(w, round(d, 3)) for w, d in zip(words, values)])
     return found
+
+
+# ------------------------------------------------------------------------------- your own photos
+
+
+def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=None, device=None):
+    """Prints for each photo the three best classes with their probabilities, and its prompts.
+
+    names: class names of one's own, separated by commas, or a file with one per line. csv_file,
+    sheet: where to write a table and a picture. Unreadable photos are named on standard error.
+    Returns how many there were. Raises BadInput if none can be read.
+    """
+    check_outside(folder, csv_file, sheet)
+    files, names = find_photos(paths), None if names is None else read_names(names)
+    run, rows = load_run(folder, clip, device), []
+    for photos, images in open_photos(files):
+        class_names, probabilities, weights = run.classify(images, names)
+        for photo, p, w in zip(photos, probabilities, weights):
+            best = p.topk(min(3, len(class_names)))
+            answers = [(class_names[i], x) for i, x in zip(best.indices, best.values.tolist())]
+            prompts = used_prompts(w, run.model.templates)
+            said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
+            print(f"{photo}: {said}" + (f"  [{' | '.join(prompts)}]" if prompts else ""))
+            rows.append((photo, answers, w.tolist(), prompts))
+    if not rows:
+        raise BadInput(f"none of {len(files)} images could be read")
+    if csv_file:
+        write_csv(csv_file, rows, run.model.templates)
+    if sheet:
+        from lib.pictures import samples_picture
+
+        titles = [(f"{a[0][0]} {100 * a[0][1]:.0f}%\n" + "\n".join(p), True) for _, a, _, p in rows]
+        samples_picture([open_photo(row[0]) for row in rows], titles, sheet)
+    return len(files) - len(rows)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -182,6 +254,8 @@ def print_words(folder, clip, device):
 
 
 def print_pictures(folder):
+    from lib.pictures import draw_pictures
+
     drawn = draw_pictures(find_runs(folder), folder)
     if not drawn:
         raise BadInput(
@@ -193,22 +267,31 @@ def print_pictures(folder):
 
 def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--dataset", help="another dataset's test images and class names")
-    parser.add_argument("--classes", choices=("all", "base", "new"), help="default: the run's")
-    parser.add_argument("--data", help="the root of all datasets (default: the run's)")
-    parser.add_argument("--clip", help="where the run's CLIP lies, if not where it was")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--words", action="store_true", help="the words nearest to the prompts")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="all runs below DIR, in Markdown")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="the same as pictures, into DIR")
+    add = parser.add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
+    add("--dataset", help="another dataset's test images and class names")
+    add("--classes", choices=("all", "base", "new"), help="default: the run's")
+    add("--data", help="the root of all datasets (default: the run's)")
+    add("--clip", help="where the run's CLIP lies, if not where it was")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--images", nargs="+", metavar="PATH", help="photos, folders of photos, or patterns")
+    add("--names", help="class names for --images: separated by commas, or a file, one per line")
+    add("--csv", type=Path, metavar="FILE", help="writes what --images prints as a table")
+    add("--sheet", type=Path, metavar="FILE", help="draws the photos with their answers, a PNG")
+    add("--words", action="store_true", help="the words nearest to the prompts")
+    add("--table", type=Path, metavar="DIR", help="all runs below DIR, in Markdown")
+    add("--plots", type=Path, metavar="DIR", help="the same as pictures, into DIR")
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    unread = ("dataset", "classes", "data") if args.words else ()
+    unread = (
+        {"names", "csv", "sheet"} if not args.images else {"dataset", "classes", "data", "words"}
+    )
+    if args.words:
+        unread |= {"dataset", "classes", "data", "images"}
     if args.run is None:
-        unread = "dataset", "classes", "data", "clip", "device", "words"
-    for flag in unread:
+        unread = vars(args).keys() - {"run", "table", "plots"}
+    for flag in sorted(unread):
         if getattr(args, flag):
             parser.error(f"--{flag} means nothing here")
     if args.table:
@@ -217,6 +300,9 @@ def run_command_line():
         print_pictures(args.plots)
     elif args.words:
         print_words(args.run, args.clip, args.device)
+    elif args.images:
+        how = args.names, args.csv, args.sheet, args.clip, args.device
+        sys.exit(1 if classify_photos(args.run, args.images, *how) else 0)
     else:
         evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
 

@@ -77,10 +77,9 @@ def untrained_classifiers(clip_model, dataset, class_names, features):
     """
     one = template_features(clip_model, [row_of(dataset).zero_shot], class_names)[0]
     mean = F.normalize(features.mean(dim=0), dim=-1)
-    return {
-        "zeroshot": ClassVectors(class_names, one),
-        "ensemble": ClassVectors(class_names, mean),
-    }
+    scale = clip_model.logit_scale.exp().item()
+    vectors = {"zeroshot": one, "ensemble": mean}
+    return {name: ClassVectors(class_names, v, scale=scale) for name, v in vectors.items()}
 
 
 # -------------------------------------------------------------------------------- soft prompts

@@ -200,7 +200,7 @@ class MoCoOp(nn.Module):
     With one prompt and the image loss alone, this is CoOp.
     """
 
-    images_at_once = 1024  # in `predict`
+    images_at_once = 1024  # in `logits`
 
     def __init__(self, clip_model, groups, config):
         """groups: lists of templates, one soft prompt each. config: the flags of FLAGS."""
@@ -249,18 +249,20 @@ class MoCoOp(nn.Module):
             )
 
     @torch.no_grad()
-    def predict(self, class_names, image_features):
-        """Predicted labels (N,) and prompt weights (N, G) of images (N, D), for any classes."""
+    def logits(self, class_names, image_features):
+        """Class logits (N, C) and prompt weights (N, G) of images (N, D), for any classes: yields
+        both for some images at a time."""
         self.eval()
         self.prompts.set_classes(self.clip_model, class_names)
         text_features = self.text_features()  # once for all images
         n_at_once = max(1, 2**20 // (len(self.templates) * len(class_names)))  # bounds (B, G, C)
-        predictions, weights = [], []
         for f in image_features.split(min(self.images_at_once, n_at_once)):
-            _, w, _, logits = self(f, text_features=text_features)
-            predictions.append(logits.argmax(dim=-1))
-            weights.append(w)
-        return torch.cat(predictions), torch.cat(weights)
+            _, weights, _, logits = self(f, text_features=text_features)
+            yield logits, weights
+
+    def predict(self, class_names, image_features):
+        """Predicted labels (N,) and prompt weights (N, G) of images (N, D), for any classes."""
+        return metrics.predictions(self.logits(class_names, image_features))
 
     def parameter_groups(self):
         """What is trained, as an optimiser takes it; `factor`: times the learning rate."""

@@ -80,7 +80,7 @@ class Row:
     layout: str = "split"  # aircraft, imagenet, synsets, numbers: lib/readers.py; or world
     split: str = ""  # the field's fixed split file
     drive_id: str = ""  # of the split file (of classnames.txt for ImageNet) on Google Drive
-    counts: tuple = ()  # train, val and test images in the split
+    counts: tuple = ()  # train, val and test images in the split; None: any number
     archive: tuple = ()  # URL and MD5, torchvision's where it has one
     origin: str = ""  # where to get it by hand, if it cannot be downloaded
     # Where each class has an image folder: readable names that differ from the folder's, None for
@@ -242,6 +242,7 @@ DATASETS = {
         "images",
         layout="imagenet",
         drive_id="1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF",
+        counts=(None, 0, 50000),
         origin="train/<synset>/*.JPEG and val/<synset>/*.JPEG from https://image-net.org",
         templates=IMAGENET,
     ),
@@ -249,6 +250,7 @@ DATASETS = {
         "imagenetv2",
         "imagenetv2-matched-frequency-format-val",
         layout="numbers",
+        counts=(0, 0, 10000),
         origin="{0 ... 999}/*.jpeg from https://github.com/modestyachts/ImageNetV2",
         templates=IMAGENET_VARIANT,
     ),
@@ -256,6 +258,7 @@ DATASETS = {
         "imagenet-sketch",
         "images",
         layout="synsets",
+        counts=(0, 0, 50889),
         origin="<synset>/*.JPEG from https://github.com/HaohanWang/ImageNet-Sketch",
         templates=IMAGENET_VARIANT,
     ),
@@ -263,6 +266,7 @@ DATASETS = {
         "imagenet-adversarial",
         "imagenet-a",
         layout="synsets",
+        counts=(0, 0, 7500),
         origin="<synset>/*.jpg from https://github.com/hendrycks/natural-adv-examples",
         templates=IMAGENET_VARIANT,
     ),
@@ -270,6 +274,7 @@ DATASETS = {
         "imagenet-rendition",
         "imagenet-r",
         layout="synsets",
+        counts=(0, 0, 30000),
         origin="<synset>/*.jpg from https://github.com/hendrycks/imagenet-r",
         templates=IMAGENET_VARIANT,
     ),

@@ -13,9 +13,7 @@ import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-import clip
 import torch
-from clip.model import build_model
 
 from lib.errors import BadInput, nearest
 from lib.files import read_torch_file
@@ -37,6 +35,9 @@ def load_clip(name, device):
     stands for this CLIP in feature caches and checkpoints.
     Raises BadInput for an unknown name, a file that is no CLIP, or a failed download.
     """
+    import clip  # here: it brings torchvision along, and --help need not wait for that
+    from clip.model import build_model
+
     names = ["bundled", *clip.available_models()]
     path = TINY_CLIP if name == "bundled" else Path(name)
     if name in clip.available_models():
@@ -85,6 +86,8 @@ def _read_state(path):
 
 def _fetch(name):
     """The path of OpenAI's archive, downloaded if it is absent or damaged."""
+    import clip
+
     url = clip.clip._MODELS[name]  # .../<sha256>/<file>
     path, sha256 = CLIP_CACHE / Path(url).name, url.split("/")[-2]
     if path.is_file():

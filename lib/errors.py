@@ -35,6 +35,9 @@ def exit_on_bad_input(main):
     """Runs a command line: bad input ends it with one line and exit status 2."""
     try:
         main()
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (BadInput, OSError) as error:  # OSError: no permission, a full disk, a name too long
         complain(error)
         sys.exit(2)

@@ -11,14 +11,13 @@ import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import numpy as np
 import PIL
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-import torchvision.transforms.functional as TF
 from tqdm import tqdm
 
 from lib import cache, processes
@@ -28,14 +27,16 @@ from lib.errors import BadInput
 ENCODING = 1  # part of every cache key: raise it with any change to the numbers below
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; what is encoded is safe on disk at least this often
-BICUBIC = TF.InterpolationMode.BICUBIC
 
 # ------------------------------------------------------------------------------- preprocessing
 
 
 def preprocess(image, size):
     """CLIP's own: the short side to `size` pixels, centre crop, normalised. PIL -> (3, H, W)."""
-    image = TF.center_crop(TF.resize(image, size, BICUBIC), [size, size])
+    import torchvision.transforms.functional as TF  # here: --help need not wait a second for it
+
+    image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)
+    image = TF.center_crop(image, [size, size])
     return TF.normalize(TF.to_tensor(image), MEAN, STD)
 
 
@@ -46,9 +47,11 @@ def preprocess_view(image, size, seed):
     `RandomResizedCrop` and `RandomHorizontalFlip`, from a generator of the view's own instead of
     the one that all threads share.
     """
+    import torchvision.transforms.functional as TF
+
     rng = torch.Generator().manual_seed(seed)
-    top, left, height, width = _crop(*image.size, rng)
-    image = TF.resized_crop(image, top, left, height, width, [size, size], BICUBIC)
+    bicubic = TF.InterpolationMode.BICUBIC
+    image = TF.resized_crop(image, *_crop(*image.size, rng), [size, size], bicubic)
     if torch.rand(1, generator=rng) < 0.5:
         image = TF.hflip(image)
     return TF.normalize(TF.to_tensor(image), MEAN, STD)
@@ -122,7 +125,7 @@ def image_features(clip_model, fingerprint, split, items, n_views=None, what="im
         return torch.zeros(0, width, device=device)
     # Everything that a feature depends on. The folder's name has the weights and the way of
     # encoding, a row's key the image and the view.
-    how = [ENCODING, fingerprint, device.type, PIL.__version__, torchvision.__version__]
+    how = [ENCODING, fingerprint, device.type, PIL.__version__, version("torchvision")]
     folder = cache.CACHE / split.name / cache.hashed("|".join(map(str, how))).hex()
     views = range(n_views) if n_views else [None]
     names = cache.content_names(split, {item.path: None for item in items}, _threads().map)

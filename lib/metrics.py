@@ -1,6 +1,13 @@
 """Numbers from predictions and labels. Nothing here knows a model or a dataset."""
 
 import numpy as np
+import torch
+
+
+def predictions(logits):
+    """Predicted labels (N,) and prompt weights (N, G), from what a model's `logits` yields."""
+    labels, weights = zip(*((some.argmax(dim=-1), w) for some, w in logits))
+    return torch.cat(labels), torch.cat(weights)
 
 
 def measure(predictions, weights, labels, kinds, class_names, templates):

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.errors import BadInput
+from lib.metrics import predictions
 
 
 class ClassVectors(nn.Module):
@@ -21,17 +22,18 @@ class ClassVectors(nn.Module):
 
     templates, top_k = (), 0  # no prompts
 
-    def __init__(self, class_names, weight, bias=None):
-        """class_names: the C names it answers with. weight: (C, D). bias: None or (C,)."""
+    def __init__(self, class_names, weight, bias=None, scale=1.0):
+        """class_names: the C names it answers with. weight: (C, D). bias: None or (C,). scale:
+        of the logits; CLIP's for vectors that are text features."""
         super().__init__()
-        self.class_names = list(class_names)
+        self.class_names, self.scale = list(class_names), scale
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     @torch.no_grad()
-    def predict(self, class_names, image_features):
-        """Predicted labels (N,), and prompt weights (N, 0), as there is no prompt.
+    def logits(self, class_names, image_features):
+        """Yields class logits (N, C) of images (N, D), and prompt weights (N, 0), as it has none.
 
         Raises BadInput for classes that it was not made for.
         """
@@ -40,8 +42,12 @@ class ClassVectors(nn.Module):
                 "a linear probe holds one vector per class it was trained on and knows no other:"
                 " train one on these"
             )
-        predictions = (image_features @ self.weight.T + self.bias).argmax(dim=-1)
-        return predictions, image_features.new_zeros(len(image_features), 0)
+        logits = self.scale * (image_features @ self.weight.T + self.bias)
+        yield logits, image_features.new_zeros(len(image_features), 0)
+
+    def predict(self, class_names, image_features):
+        """Predicted labels (N,) and prompt weights (N, 0) of images (N, D)."""
+        return predictions(self.logits(class_names, image_features))
 
 
 def logistic_regression(features, labels, n_classes, c):

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lib.errors import BadInput
 from lib.files import read_lines
@@ -74,6 +74,11 @@ def read_imagenet(folder, images, layout, class_names_file):
     if layout == "numbers":
         names = {str(number): name for number, name in enumerate(names.values())}
         classes.sort(key=int if all(map(str.isdecimal, classes)) else None)
+    if not classes and layout == "imagenet":
+        raise BadInput(
+            f"no class folders in {folder / test}: its images come in one flat folder and belong in"
+            " val/<synset>/*.JPEG; the script valprep.sh of soumith/imagenetloader.torch moves them"
+        )
     unknown = [name for name in classes if name not in names]
     if unknown:
         raise BadInput(
@@ -87,10 +92,15 @@ def read_imagenet(folder, images, layout, class_names_file):
 
 
 def class_folders(folder):
-    """The names of the folders below `folder`, sorted; hidden ones are not classes."""
+    """The names of the folders below `folder`, sorted, without hidden ones. Those that start with
+    _ are left out as well, and a line says so."""
     if not folder.is_dir():
         return []
-    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
+    names = sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != ".")
+    left_out = [name for name in names if name[0] == "_"]
+    if left_out:
+        print(f"{folder}: {', '.join(left_out)} left out, as class folders do not start with _")
+    return [name for name in names if name not in left_out]
 
 
 def image_files(folder, below, classes):
@@ -108,3 +118,13 @@ def image_files(folder, below, classes):
 def readable(name):
     """A class name as words: underscores become spaces."""
     return " ".join(name.replace("_", " ").split())
+
+
+def open_photo(file, exif_applies=True):
+    """An image file as an RGB PIL image, turned as its EXIF data says if that applies. Raises
+    BadInput if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return (ImageOps.exif_transpose(image) if exif_applies else image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"cannot read the image {file}: {error}") from error

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ import torch
 from lib import flags
 from lib.errors import BadInput
 from lib.files import read_torch_file, replacing
-from lib.pictures import router_picture
 
 RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
@@ -49,8 +49,11 @@ def open_run(folder, config, resume, defaults, ignored):
     cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
     """
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"cannot write in {parent}: name another --out")
+    try:  # permissions alone do not tell: nobody can write in /proc, not even root
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {parent}: name another --out") from error
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
     finished, stopped = "result.json" in files, "resume.pt" in files
     foreign = [name for name in files if not RUN_FILES.fullmatch(name)]
@@ -188,6 +191,8 @@ def publish(folder, checkpoint, result):
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, folder / "checkpoint.tmp")
     if result["n_prompts"]:
+        from lib.pictures import router_picture  # here: --help need not wait for matplotlib
+
         router_picture(result, folder / "router.tmp")
     (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in ("eval_*.json", "eval_*.png", "samples_*.png"):

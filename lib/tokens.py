@@ -2,8 +2,6 @@
 
 import re
 
-import clip
-
 from lib.errors import BadInput
 
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
@@ -11,8 +9,18 @@ SOS, EOT = 49406, 49407  # CLIP's start and end of text
 
 def token_ids(text):
     """CLIP's tokens of a piece of text, without SOS and EOT. Tokens, not words: `close-up` is 3."""
+    import clip  # here, as are all imports of torchvision: --help need not wait a second for it
+
     row = clip.tokenize(text, context_length=512, truncate=True)[0]
     return row[1 : row.argmax()].tolist()
+
+
+def words_of(ids):
+    """The words, or pieces of words, that tokens stand for."""
+    from clip.simple_tokenizer import SimpleTokenizer
+
+    decoder = SimpleTokenizer().decoder
+    return [decoder[i].replace("</w>", "") for i in ids]
 
 
 def known_tokens(clip_model):

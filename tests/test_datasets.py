@@ -509,3 +509,47 @@ def test_a_row_without_an_origin_says_so(own_row, tmp_path):
     (tmp_path / "mine/split_zhou_Mine.json").unlink()
     with pytest.raises(BadInput, match="no split file .*Mine.json, and none to download"):
         load_split("mine", tmp_path)
+
+
+# --------------------------------------------------------------------------- wrong data is noticed
+
+
+def test_imagenet_with_a_few_of_its_classes_says_that_it_is_not_the_fields(tmp_path, capsys):
+    make_layout(tmp_path, "imagenet")
+    load_split("imagenet", tmp_path)
+    said = capsys.readouterr().out
+    assert "imagenet lists (15, 0, 10) images, the field's split ('any', 0, 50000)" in said
+    assert "NOT comparable" in said
+
+
+@pytest.mark.parametrize("dataset", VARIANTS)
+def test_a_variant_half_unpacked_says_so(dataset, tmp_path, capsys):
+    make_layout(tmp_path, dataset)
+    load_split(dataset, tmp_path)
+    assert f"the field's split (0, 0, {DATASETS[dataset].counts[2]})" in capsys.readouterr().out
+
+
+def test_a_whole_test_set_says_nothing(tmp_path, capsys, monkeypatch):
+    make_layout(tmp_path, "imagenet")
+    monkeypatch.setitem(DATASETS, "imagenet", replace(DATASETS["imagenet"], counts=(None, 0, 10)))
+    assert load_split("imagenet", tmp_path).samples == "own"  # CoOp's depend on a disk's order
+    assert capsys.readouterr().out == ""
+
+
+def test_a_flat_val_folder_gets_the_hint_that_helps(tmp_path):
+    make_layout(tmp_path, "imagenet")
+    val = tmp_path / "imagenet/images/val"
+    for file in val.rglob("*.JPEG"):
+        file.rename(val / file.name)
+    for synset in SYNSETS:
+        (val / synset).rmdir()
+    with pytest.raises(
+        BadInput, match=r"flat folder and belong in val/<synset>/\*.JPEG; .*valprep"
+    ):
+        load_split("imagenet", tmp_path)
+
+
+def test_class_folders_that_are_left_out_are_named(tmp_path, capsys):
+    folder = make_folder(tmp_path / "photos", ["cat", "dog", "_old", ".hidden"])
+    assert load_split(str(folder), "").class_names == ["cat", "dog"]
+    assert "_old left out" in capsys.readouterr().out

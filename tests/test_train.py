@@ -409,3 +409,28 @@ def test_result_json_has_the_documented_keys(run_train):
         router train_seconds config"""
     assert sorted(result) == sorted(expected.split())
     assert json.loads(json.dumps(result)) == result
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):
+    """Permissions say that root may write anywhere."""
+    monkeypatch.setattr(train, "few_shot_split", None)  # not reached
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/x", str(tmp_path / "file/run")):
+        config, groups, folder, resume = train.resolve(parse(["--out", out]))
+        with pytest.raises(BadInput, match="cannot write in .*: name another --out"):
+            train.train(config, groups, folder, resume)
+
+
+def test_help_does_not_wait_for_what_it_does_not_need():
+    heavy = "matplotlib", "torchvision", "clip", "gdown"
+    code = f"import sys, train; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
+    run = f"{sys.executable} {ROOT / 'train.py'} --shots 1 --epochs 3 --out {tmp_path / 'run'}"
+    done = subprocess.run(
+        f"{run} | head -1", shell=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("shapes: 20 all classes") and done.stderr == ""

@@ -1,0 +1,215 @@
+"""`eval.py RUN --images`: photos that no run has seen, on the command line and from Python."""
+
+import csv
+import re
+import sys
+
+import clip
+import pytest
+import torch
+from conftest import draw_image
+from PIL import Image
+
+import eval
+from eval import load_run
+from lib import world
+from lib.errors import BadInput
+
+
+@pytest.fixture
+def world_run(run_train, tmp_path):
+    run_train("--shots 4 --epochs 8 --out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An album with a sub-folder: one drawing per name."""
+    for i, name in enumerate(world.DOWNSTREAM[:3]):
+        file = tmp_path / f"album/{'deep/' * (i == 2)}{i} {name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        world.draw(*name.split(), "large", "in no list", "shapes").save(file)
+    return tmp_path / "album"
+
+
+def command(monkeypatch, capsys, *args):
+    """eval.py in this process: (exit status, lines of output, lines of errors)."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    status = 0
+    try:
+        eval.main()
+    except SystemExit as exit:
+        status = exit.code
+    said = capsys.readouterr()
+    return status, said.out.splitlines(), said.err.splitlines()
+
+
+def test_probabilities_and_weights_are_those_of_a_computation_apart(
+    run_train, random_clip, random_clip_file, eurosat, tmp_path
+):
+    """From a EuroSAT-layout run: clip's own preprocessing and encoders, the method by hand."""
+    run_train(f"--dataset eurosat --shots 2 --epochs 3 --data {eurosat} --clip {random_clip_file}")
+    images = []
+    for i in range(3):
+        draw_image(tmp_path / f"{i}.jpg", f"new {i}")
+        images.append(Image.open(tmp_path / f"{i}.jpg"))
+    run = load_run(tmp_path / "run")
+    names, probabilities, weights = run.classify(images)
+    assert len(names) == 10 and names[1] == "Forest"
+
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
+    pixels = torch.stack([clip.clip._transform(32)(image) for image in images])
+    f = torch.nn.functional.normalize(random_clip.encode_image(pixels), dim=-1)
+    scores = f @ state["router.gate.weight"].T + state["router.gate.bias"]
+    tokens = clip.tokenize(names)  # SOS name EOT
+    for b in range(3):
+        best = scores[b].argsort(descending=True)[:2]
+        w = scores[b, best].softmax(dim=0)
+        assert torch.allclose(weights[b, best], w, atol=1e-5) and (weights[b] > 0).sum() == 2
+        mixed = 0
+        for k, g in enumerate(best.tolist()):
+            context = state[f"prompts.context_before.{g}"]
+            rows, n = random_clip.token_embedding(tokens).detach(), len(context)
+            rows = torch.cat([rows[:, :1], context.expand(10, -1, -1), rows[:, 1 : 77 - n]], dim=1)
+            x = (rows + random_clip.positional_embedding).permute(1, 0, 2)
+            x = random_clip.ln_final(random_clip.transformer(x).permute(1, 0, 2))
+            x = x[torch.arange(10), tokens.argmax(-1) + n] @ random_clip.text_projection
+            mixed = mixed + w[k] * torch.nn.functional.normalize(x, dim=-1)
+        expected = (random_clip.logit_scale.exp() * mixed @ f[b]).softmax(dim=0)
+        assert torch.allclose(probabilities[b], expected, atol=1e-4)
+
+
+def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, monkeypatch, capsys):
+    deep = photos / f"deep/2 {world.DOWNSTREAM[2]}.png"
+    pattern = photos / "1*.png"
+    status, lines, errors = command(
+        monkeypatch, capsys, world_run, "--images", deep, pattern, photos
+    )
+    assert (status, errors, len(lines)) == (0, [], 3)  # each photo once
+    run, right = load_run(world_run), 0
+    for line in lines:
+        name = re.search(r"\d ([a-z]+ [a-z]+)\.png: ", line)[1]
+        names, probabilities, weights = run.classify([Image.open(line.split(".png")[0] + ".png")])
+        best = probabilities[0].argmax()
+        assert f".png: {names[best]} {100 * probabilities[0, best]:.1f}%" in line
+        assert line.count("%") == 3 + 2  # three classes, two prompts
+        assert f"{100 * weights.max():.0f}% {run.model.templates[weights.argmax()]}" in line
+        right += names[best] == name
+    assert right >= 2  # of three; chance is 1 in 20
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(world_run, photos, monkeypatch, capsys):
+    (photos / "broken.jpg").write_bytes(b"half a photo")
+    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos)
+    assert (status, len(lines)) == (1, 3)
+    assert len(errors) == 1 and "broken.jpg" in errors[0]
+    status, lines, errors = command(
+        monkeypatch, capsys, world_run, "--images", photos / "broken.jpg"
+    )
+    assert (status, lines) == (2, []) and "none of 1 images could be read" in errors[-1]
+    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", "nowhere*.png")
+    assert (status, lines, errors) == (2, [], ["nowhere*.png names no image"])
+
+
+def test_class_names_of_ones_own(world_run, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "names.txt").write_text("red circle\n\nblue star\n")
+    for names in ("red circle, blue star", tmp_path / "names.txt"):
+        status, lines, _ = command(
+            monkeypatch, capsys, world_run, "--names", names, "--images", photos
+        )
+        assert (status, len(lines)) == (0, 3)
+        assert all("red circle" in line and "blue star" in line for line in lines)
+    status, _, errors = command(
+        monkeypatch, capsys, world_run, "--names", "red circle,red zebra", "--images", photos
+    )
+    assert status == 2 and "never seen the word 'zebra'" in errors[0]
+    status, _, errors = command(
+        monkeypatch, capsys, world_run, "--names", "one", "--images", photos
+    )
+    assert status == 2 and "two class names at least" in errors[0]
+
+
+def test_a_linear_probe_cannot_take_other_names(run_train, photos, tmp_path, monkeypatch, capsys):
+    run_train("--method linear --shots 2")
+    run = tmp_path / "run"
+    status, lines, _ = command(monkeypatch, capsys, run, "--images", photos)
+    assert status == 0 and not any("[" in line for line in lines)  # no prompts
+    status, _, errors = command(
+        monkeypatch, capsys, run, "--names", "red star,blue star", "--images", photos
+    )
+    assert status == 2 and "knows no other" in errors[0]
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
+def test_clip_as_it_is_answers_with_its_own_scale(run_train, photos, tmp_path, method):
+    run_train(f"--method {method} --shots 1")
+    run = load_run(tmp_path / "run")
+    image = Image.open(next(photos.glob("0*.png")))
+    names, probabilities, weights = run.classify([image], ["red circle", "blue star", "red ring"])
+    assert probabilities.shape == (1, 3) and weights.shape == (1, 0)
+    assert abs(probabilities.sum() - 1) < 1e-6
+    assert probabilities.max() > 0.5  # cosines alone would leave them near a third
+
+
+def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
+    world_run, photos, tmp_path, monkeypatch, capsys
+):
+    before = sorted(world_run.iterdir())
+    output = "--csv", tmp_path / "found.csv", "--sheet", tmp_path / "found.png"
+    status, lines, _ = command(monkeypatch, capsys, world_run, "--images", photos, *output)
+    assert status == 0 and sorted(world_run.iterdir()) == before
+    with open(tmp_path / "found.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [line.split(": ")[0] for line in lines]
+    for row, line in zip(rows, lines):
+        assert f"{row['class 1']} {100 * float(row['probability 1']):.1f}%" in line
+        weights = [float(row[template]) for template in load_run(world_run).model.templates]
+        assert abs(sum(weights) - 1) < 1e-5
+    assert Image.open(tmp_path / "found.png").width > 100
+    for flag in ("--csv", "--sheet"):
+        status, _, errors = command(
+            monkeypatch, capsys, world_run, "--images", photos, flag, world_run / "file"
+        )
+        assert status == 2 and "in the run's own folder" in errors[0]
+
+
+def test_photos_are_turned_as_their_camera_was_held(world_run, tmp_path):
+    upright = world.draw("red", "arrow", "large", 0, "shapes").resize((48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    photos, images = next(eval.open_photos([tmp_path / "turned.png"]))
+    assert images[0].size == (48, 32)
+    assert images[0].tobytes() == upright.tobytes()
+
+
+def test_a_run_needs_neither_its_dataset_nor_its_cache(
+    run_train, random_clip_file, tmp_path, cache
+):
+    """A run on a folder of photos, on a machine that has the run alone."""
+    for name in ("cat", "dog"):
+        for i in range(6):
+            draw_image(tmp_path / f"photos/{name}/{i}.jpg", f"{name}{i}")
+    flags = "--epochs 1 --views 1 --clip"
+    run_train(flags, random_clip_file, "--dataset", tmp_path / "photos")
+    kept = Image.open(tmp_path / "photos/cat/0.jpg").copy()
+    for file in (tmp_path / "photos").rglob("*.jpg"):
+        file.unlink()
+    before = sorted(cache.rglob("*"))
+    names, probabilities, _ = load_run(tmp_path / "run").classify([kept])
+    assert names == ["cat", "dog"] and probabilities.shape == (1, 2)
+    assert sorted(cache.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["run --names a,b", "run --csv x.csv", "run --images a.jpg --words", "--table . --images a"],
+)
+def test_flags_that_mean_nothing_beside_others_are_refused(flags, monkeypatch, capsys):
+    status, _, errors = command(monkeypatch, capsys, *flags.split())
+    assert status == 2 and "means nothing here" in errors[0]
+
+
+def test_names_must_differ(tmp_path):
+    with pytest.raises(BadInput, match="each once"):
+        eval.read_names("cat, dog, cat")
