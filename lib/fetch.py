@@ -5,6 +5,7 @@ place is whole. One process at a time fetches into a folder; others wait, and fi
 """
 
 import contextlib
+import gzip
 import os
 import shutil
 import tarfile
@@ -48,6 +49,8 @@ def fetch_images(url, md5, target):
             print(f"{target} is not there: downloading {url}")
             archive, files = scratch / ("archive" + _suffix(url)), scratch / "files"
             download_url(url, scratch, archive.name, md5)
+            if md5 is None:
+                _check_to_its_end(archive)
             extract_archive(archive, files)
             for inner in _without_junk(files.rglob("*.tar.gz")):  # Caltech 101: archives in one
                 extract_archive(inner, inner.parent)
@@ -55,7 +58,7 @@ def fetch_images(url, md5, target):
             if not found:
                 raise RuntimeError(f"the archive holds no folder {target.name}")
             images = min(found, key=lambda path: len(path.parts))
-            for beside in images.parent.iterdir():
+            for beside in _without_junk(images.parent.iterdir()):
                 if beside != images and not (folder / beside.name).exists():
                     beside.rename(folder / beside.name)
             images.rename(target)
@@ -124,6 +127,20 @@ def _lock(path):
         if fcntl:
             path.unlink(missing_ok=True)
             file.close()
+
+
+def _check_to_its_end(archive):
+    """Raises one of FAILURES unless the archive's own checksums hold. (Extraction alone would not
+    notice: damage that looks like the end of a tar file is taken for it.)"""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+    else:
+        with gzip.open(archive) as file:
+            while file.read(2**20):
+                pass
 
 
 def _without_junk(paths):
