@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -380,13 +382,61 @@ def test_caltech_comes_as_an_archive_in_an_archive(tmp_path, monkeypatch):
     images = tmp_path / "whole/caltech-101/101_ObjectCategories"
     shutil.copytree(images, inner / "101_ObjectCategories")
     pack(tmp_path / "zip/caltech-101/101_ObjectCategories.tar.gz", inner)
+    junk = tmp_path / "zip/__MACOSX/caltech-101/._101_ObjectCategories.tar.gz"
+    junk.parent.mkdir(parents=True)
+    junk.write_bytes(b"what a Mac leaves in archives")
     archive = pack(tmp_path / "caltech-101.zip", tmp_path / "zip")
     split_file = tmp_path / "whole/caltech-101/split_zhou_Caltech101.json"
     serve(monkeypatch, "caltech101", archive, drive_copying(split_file))
     counted = replace(DATASETS["caltech101"], counts=(15, 10, 10))
     monkeypatch.setitem(DATASETS, "caltech101", counted)
+    left = tmp_path / "new/caltech-101/.fetching-of-a-killed-process/archive.zip"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
     fetched = load_split("caltech101", tmp_path / "new")
     assert fetched.train == load_split("caltech101", tmp_path / "whole").train
+    assert not [f for f in (tmp_path / "new/caltech-101").iterdir() if f.name[0] in "._"]
+
+
+def test_ucf101s_address_is_one_that_torchvision_takes_for_google_drive():
+    from torchvision.datasets.utils import _get_google_drive_file_id
+
+    address = DATASETS["ucf101"].archive[0]
+    assert _get_google_drive_file_id(address) == "10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O"
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".zip"])
+def test_without_a_checksum_an_archive_is_read_to_its_end(suffix, tmp_path):
+    """Damage to the middle of a tar file looks like its end."""
+    make_folder(tmp_path / "tar/images", ["cat", "dog"], 20)
+    archive = pack(tmp_path / f"archive{suffix}", tmp_path / "tar")
+    fetch._check_to_its_end(archive)
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 255
+    archive.write_bytes(content)
+    with pytest.raises(fetch.FAILURES):
+        fetch._check_to_its_end(archive)
+
+
+def test_processes_fetch_one_after_the_other_and_only_once(tmp_path, monkeypatch):
+    make_layout(tmp_path / "whole", "dtd")
+    shutil.copytree(tmp_path / "whole/dtd", tmp_path / "tar/dtd")
+    archive, downloads = pack(tmp_path / "dtd.tar.gz", tmp_path / "tar"), []
+
+    def download(url, folder, name, md5):
+        downloads.append(folder)
+        time.sleep(0.3)
+        shutil.copy(archive, Path(folder, name))
+
+    monkeypatch.setattr(fetch, "download_url", download)
+    target = tmp_path / "new/dtd/images"
+    with ThreadPoolExecutor(4) as pool:  # each call opens the lock anew, as processes do
+        jobs = [
+            pool.submit(fetch.fetch_images, "https://x/d.tar.gz", None, target) for _ in range(4)
+        ]
+        assert [job.result() for job in jobs] == [None] * 4
+    assert len(downloads) == 1 and target.is_dir()
+    assert not list(target.parent.glob(".fetching*"))
 
 
 def test_without_caltechs_split_its_folders_are_the_classes_but_for_two(tmp_path, monkeypatch):
