@@ -35,7 +35,7 @@ from lib.tables import runs_table
 from lib.templates import all_templates
 from lib.tokens import known_tokens, words_of
 from prompts import template_features, untrained_classifiers
-from train import accuracy, examine, make_model
+from train import accuracy_on, examine, make_model
 
 # ------------------------------------------------------------------------------ one run, anywhere
 
@@ -135,7 +135,9 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
     hard_features = template_features(clip_model, all_templates(target_groups), split.class_names)
     probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard_features)
-    zero_shot, ensemble = (accuracy(probe, split, split.test, plain) for probe in probes.values())
+    zero_shot, ensemble = (
+        accuracy_on(probe, split, split.test, plain) for probe in probes.values()
+    )
 
     features = plain
     if config["tune_visual_ln"]:

@@ -416,7 +416,7 @@ def train(config, groups, folder, resume):
     test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
     own_features = hard_features[:, seen]
     probes = untrained_classifiers(clip_model, split.dataset, split.class_names, own_features)
-    zero_shot, ensemble = (accuracy(probe, split, split.test, test) for probe in probes.values())
+    zero_shot, ensemble = (accuracy_on(probe, split, split.test, test) for probe in probes.values())
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
     def save(snapshot):
@@ -447,7 +447,7 @@ def train(config, groups, folder, resume):
         "few_shot_samples": split.samples,
         "zero_shot_accuracy": zero_shot,
         "ensemble_accuracy": ensemble,
-        "val_accuracy": accuracy(model, split, split.val, val),
+        "val_accuracy": accuracy_on(model, split, split.val, val),
         "prompt_usage_by_epoch": usage,
         "train_seconds": round(seconds, 2),
         "config": config,
@@ -467,7 +467,7 @@ def examine(model, config, changed_flags, split, classes, features):
     return describe(config, changed_flags, model, split, classes) | numbers, predictions, weights
 
 
-def accuracy(model, split, items, features):
+def accuracy_on(model, split, items, features):
     """Top-1 accuracy of a model on some of a split's items, in percent; None for no items.
     features: (N, D)."""
     if not items:

@@ -47,7 +47,7 @@ def load_clip(name, device):
         raise BadInput(
             f"no CLIP file {path}, and no CLIP of that name{hint}; names are {', '.join(names)}"
         )
-    state = _read_state(path)
+    state = _read_weights(path)
     try:
         if "token_ids" in state:
             ids, rows = state.pop("token_ids"), state["token_embedding.weight"].float()
@@ -67,7 +67,7 @@ def load_clip(name, device):
     return clip_model.requires_grad_(False).to(device), digest.hexdigest()
 
 
-def _read_state(path):
+def _read_weights(path):
     """The state dict in a TorchScript archive or in a file of `torch.save`."""
     try:
         with ZipFile(path) as archive:

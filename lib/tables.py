@@ -14,7 +14,7 @@ from lib.metrics import harmonic_mean, mean_std
 BASELINES = "zeroshot", "ensemble"  # every run brings their accuracies along
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """What runs in one row of a table have in common."""
 
     dataset: str
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 def accuracies(runs):
-    """{Row: {column: {seed: accuracy}}}, in percent. runs: from `lib.runs.find_runs`.
+    """{Line: {column: {seed: accuracy}}}, in percent. runs: from `lib.runs.find_runs`.
 
     Runs that differ in the seed alone share a row, and so does CLIP as it is. Columns: `accuracy`,
     on the run's own task; `new`, a base run evaluated on the new classes; and any other dataset
@@ -39,10 +39,10 @@ def accuracies(runs):
         task = result["dataset"], result["classes"], result["clip"]
         # The ensemble depends on the templates alone, however they are grouped.
         templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
-        own = Row(*task, config["shots"], result["label"], result["method"], json.dumps(changed))
+        own = Line(*task, config["shots"], result["label"], result["method"], json.dumps(changed))
         as_it_is = [
-            ("zero_shot_accuracy", Row(*task, 0, "zero-shot", "zero-shot", "{}")),
-            ("ensemble_accuracy", Row(*task, 0, "ensemble", "ensemble", json.dumps(templates))),
+            ("zero_shot_accuracy", Line(*task, 0, "zero-shot", "zero-shot", "{}")),
+            ("ensemble_accuracy", Line(*task, 0, "ensemble", "ensemble", json.dumps(templates))),
         ]
         for key, row in as_it_is + [("accuracy", own)] * (result["method"] not in BASELINES):
             columns = rows[row]
