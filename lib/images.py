@@ -91,19 +91,19 @@ def _threads():
 
 
 def _one_ahead(load, batches):
-    """Yields (a batch, what `load(*item)` gives for its items, stacked), while threads load the
-    next batch."""
-    pending = []
+    """Yields (a batch, what `load(*item)` gives for its items, a list), while threads load the next
+    batch."""
+    ahead = []
     try:
         for batch in [*batches, None]:
-            ahead = [_threads().submit(load, *item) for item in batch] if batch else None
-            if pending:
-                previous, futures = pending.pop()
-                yield previous, torch.stack([future.result() for future in futures])
-            pending.append((batch, ahead))
-    finally:
-        for _, futures in pending:
-            for future in futures or ():
+            if batch is not None:
+                ahead.append((batch, [_threads().submit(load, *item) for item in batch]))
+            if len(ahead) == 2 or batch is None and ahead:
+                loaded, futures = ahead.pop(0)
+                yield loaded, [future.result() for future in futures]
+    finally:  # if nobody wants the rest
+        for _, futures in ahead:
+            for future in futures:
                 future.cancel()
 
 
@@ -180,7 +180,8 @@ def _encode(clip_model, wanted, bar):
     size, n = clip_model.visual.input_resolution, BATCH[device.type]
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     rows = []
-    for batch, images in _one_ahead(lambda *item: load_image(*item, size), batches):
+    for batch, loaded in _one_ahead(lambda *item: load_image(*item, size), batches):
+        images = torch.stack(loaded)
         padded = images.new_zeros(n, *images.shape[1:], device=device)
         padded[: len(images)] = images.to(device)
         with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
@@ -204,9 +205,10 @@ def photo_features(clip_model, images):
     batches = [[(image, size)] for image in images]
     with torch.no_grad():
         features = [
-            clip_model.encode_image(x.to(device)) for _, x in _one_ahead(preprocess, batches)
+            clip_model.encode_image(torch.stack(loaded).to(device)).float()
+            for _, loaded in _one_ahead(preprocess, batches)
         ]
-    return F.normalize(torch.cat(features).float(), dim=-1)
+    return F.normalize(torch.cat(features), dim=-1)
 
 
 # ----------------------------------------------------------------------------- while training
@@ -267,10 +269,10 @@ class LiveFeatures:
             [(self.split, self.split.train[i].path, view, size) for i in batch[rank::world]]
             for batch in batches
         ]
-        for batch, (_, images) in zip(batches, _one_ahead(load_image, own)):
-            whole = images.new_empty(len(batch), *images.shape[1:])
-            for r, part in enumerate(processes.gather(images)):
-                whole[r::world] = part
+        for batch, (_, loaded) in zip(batches, _one_ahead(load_image, own)):
+            images = [None] * len(batch)
+            for r, part in enumerate(processes.gather(loaded)):
+                images[r::world] = part
             with processes.mixed_precision(device):
-                features = self.clip_model.encode_image(whole.to(device))
+                features = self.clip_model.encode_image(torch.stack(images).to(device))
             yield F.normalize(features.float(), dim=-1)
