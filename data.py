@@ -63,18 +63,18 @@ class Split:
         """The RGB image at `path`, a PIL image. Raises BadInput if it cannot be read."""
         if self.folder is None:
             return world.draw_path(self.dataset, path)
-        return open_photo(self.folder / path, self._exif_applies)
+        return open_photo(self.folder / path, self._as_coop)
 
     def identity(self, path):
         """What `open(path)` depends on beside the bytes of a file, as a string."""
         if self.folder is None:
             return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
-        return f"{path}|{self._exif_applies}"
+        return f"{path}|{self._as_coop}"
 
     @property
-    def _exif_applies(self):
-        """Whether photos are turned as their EXIF data says. CoOp and its successors do not."""
-        return self.source != "coop"
+    def _as_coop(self):
+        """Whether images are read as CoOp and its successors do, for numbers that compare."""
+        return self.source == "coop"
 
     @property
     def kinds(self):
@@ -306,9 +306,12 @@ def _check(split):
     parts = [part for part in PARTS if getattr(split, part)]
     if not parts:
         raise BadInput(f"no images in {where}: expected {where}/<class>/<image>")
-    twice = [name for name, n in Counter(split.class_names).items() if n > 1]
+    for name in (str(where), *split.class_names):
+        if not name.strip() or name.encode(errors="ignore").decode() != name:
+            raise BadInput(f"{where}: {name!r} is no name in Unicode: rename that folder")
+    twice = [name for name, n in Counter(map(str.casefold, split.class_names)).items() if n > 1]
     if twice and split.source != "coop":  # ImageNet has a few names twice
-        raise BadInput(f"two classes in {where} have one name, {twice[0]!r}")
+        raise BadInput(f"two classes in {where} have one name, {twice[0]!r}, to CLIP's lower case")
     if len(split.class_names) == 1:
         raise BadInput(
             f"{where} has one class only, {split.class_names[0]!r}: nothing to tell apart"

@@ -26,10 +26,10 @@ from lib.errors import BadInput, exit_on_bad_input
 from lib.files import read_torch_file
 from lib.flags import Parser
 from lib.images import image_features, photo_features
-from lib.photos import check_outside, find_photos, open_photos, read_names, write_csv
+from lib.photos import check_outputs, find_photos, open_photos, read_names, write_csv
 from lib.probe import ClassVectors
 from lib.processes import choose_device
-from lib.readers import open_photo
+from lib.readers import thumbnail
 from lib.runs import find_runs, read_result, save_json
 from lib.tables import runs_table
 from lib.templates import all_templates
@@ -221,8 +221,9 @@ def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=N
     sheet: where to write a table and a picture. Unreadable photos are named on standard error.
     Returns how many there were. Raises BadInput if none can be read.
     """
-    check_outside(folder, csv_file, sheet)
-    files, names = find_photos(paths), None if names is None else read_names(names)
+    files = find_photos(paths)
+    check_outputs(folder, [*files, *([names] if names else [])], csv_file, sheet)
+    names = None if names is None else read_names(names)
     run, rows = load_run(folder, clip, device), []
     for photos, images in open_photos(files):
         class_names, probabilities, weights = run.classify(images, names)
@@ -240,8 +241,13 @@ def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=N
     if sheet:
         from lib.pictures import samples_picture
 
-        titles = [(f"{a[0][0]} {100 * a[0][1]:.0f}%\n" + "\n".join(p), True) for _, a, _, p in rows]
-        samples_picture([open_photo(row[0]) for row in rows], titles, sheet)
+        if len(rows) > 100:
+            print(f"{sheet} shows the first 100 of {len(rows):,} photos")
+        shown = rows[:100]
+        titles = [
+            ("\n".join([f"{a[0][0]} {100 * a[0][1]:.0f}%", *p]), True) for _, a, _, p in shown
+        ]
+        samples_picture([thumbnail(photo) for photo, *_ in shown], titles, sheet)
     return len(files) - len(rows)
 
 

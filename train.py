@@ -20,6 +20,7 @@ Letters in shapes: B images of a batch, N images, C classes, G prompts, T templa
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -39,6 +40,7 @@ from lib.progress import Progress, nothing_left_if_diverged
 from lib.runs import (
     announce,
     check_made_of,
+    claimed,
     describe,
     open_run,
     publish,
@@ -172,6 +174,9 @@ def resolve(args):
     config = vars(args).copy()
     resume = config.pop("resume")
     config["dataset"] = full_dataset(config["dataset"])
+    for flag in ("clip", "groups"):  # files are found again from any folder
+        if config[flag] and Path(config[flag]).is_file():
+            config[flag] = str(Path(config[flag]).resolve())
     defaults = preset(config)
     config = flags.complete(config, defaults, FLAGS, UNREAD)
     check_init(config["init"])
@@ -384,9 +389,15 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
 
 
 def train(config, groups, folder, resume):
-    """One run, from flags to files."""
+    """One run, from flags to files, alone in its folder."""
     device = processes.choose_device(config["device"])
     processes.join(device)
+    with claimed(folder):
+        train_here(config, groups, folder, resume, device)
+    processes.leave()
+
+
+def train_here(config, groups, folder, resume, device):
     state = open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
     whole, split = few_shot_split(config)
     if config["classifier"] == "linear" and not split.val:
@@ -455,7 +466,6 @@ def train(config, groups, folder, resume):
     learned = {"groups": groups, "clip_fingerprint": fingerprint, "model": model.state_dict()}
     checkpoint = {"config": config, "class_names": split.class_names, **learned}
     processes.only_first(lambda: publish(folder, checkpoint, result))
-    processes.leave()
 
 
 def examine(model, config, changed_flags, split, classes, features):

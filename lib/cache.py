@@ -47,6 +47,8 @@ def content_names(split, paths, each):
         file = os.path.abspath(split.folder / path)
         try:
             stat = os.stat(file)
+            if not os.path.isfile(file):
+                raise BadInput(f"{file} is no file")  # a pipe would wait for ever
             entry = f"{file}|{stat.st_size}|{stat.st_mtime_ns}"
             if entry not in index:
                 index[entry] = hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()

@@ -33,6 +33,9 @@ def complain(message):
 
 def exit_on_bad_input(main):
     """Runs a command line: bad input ends it with one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does

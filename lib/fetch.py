@@ -22,11 +22,7 @@ from torchvision.datasets.utils import (
 )
 
 from lib.errors import BadInput
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then fetch the same, and the first to finish wins
-    fcntl = None
+from lib.files import fcntl, made
 
 FAILURES = (
     *(OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
@@ -94,20 +90,12 @@ def fetch_file(drive_id, target, check):
 @contextlib.contextmanager
 def _scratch(folder):
     """A temporary folder in `folder`, for this process alone. What killed processes left there is
-    removed; if the block raises, so are folders made for it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{SCRATCH}lock"):
-            for stale in folder.glob(f"{SCRATCH}*/"):
-                shutil.rmtree(stale, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-                yield Path(scratch)
-    except BaseException:
-        for empty in made:
-            with contextlib.suppress(OSError):
-                empty.rmdir()
-        raise
+    removed."""
+    with made(folder), _lock(folder / f"{SCRATCH}lock"):
+        for stale in folder.glob(f"{SCRATCH}*/"):
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+            yield Path(scratch)
 
 
 @contextlib.contextmanager

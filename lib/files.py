@@ -1,6 +1,7 @@
 """Reading and writing files so that nobody ever meets half of one."""
 
 import contextlib
+import tempfile
 import uuid
 from pathlib import Path
 from zipfile import ZipFile, is_zipfile
@@ -8,6 +9,30 @@ from zipfile import ZipFile, is_zipfile
 import torch
 
 from lib.errors import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks that end with their process
+    fcntl = None
+
+
+@contextlib.contextmanager
+def made(folder, way_out=""):
+    """A folder that is there and can be written in; those made for it go again if they are still
+    empty when the block ends. Raises BadInput if that cannot be."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -49,7 +74,7 @@ def read_torch_file(path, what):
 def read_text(file):
     """The content of a text file. Raises BadInput if it cannot be read."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}") from error
 

@@ -14,14 +14,12 @@ AT_ONCE = 32  # photos in memory
 
 
 def find_photos(paths):
-    """The files that paths, folders (with all below them) and patterns name, each once.
-
-    Raises BadInput for one that names nothing.
-    """
+    """The files that paths, folders (with all below them, but nothing hidden) and patterns name,
+    each once. Raises BadInput for one that names nothing, and for a folder that cannot be read."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = [f for f in Path(path).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES]
+            files = _photos_below(path)
         else:
             files = [Path(path)] if os.path.exists(path) else map(Path, glob.glob(path))
         files = sorted(f for f in files if f.is_file())
@@ -29,6 +27,17 @@ def find_photos(paths):
             raise BadInput(f"{path} names no image")
         found += files
     return list(dict.fromkeys(found))
+
+
+def _photos_below(folder):
+    def refuse(error):
+        raise BadInput(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Path(parent, name)
 
 
 def open_photos(files):
@@ -47,22 +56,27 @@ def open_photos(files):
 
 def read_names(names):
     """Class names: a file with one per line, or separated by commas. Raises BadInput for fewer
-    than two."""
-    names = read_lines(names) if os.path.isfile(names) else names.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise BadInput("--names needs two class names at least, each once")
-    return names
+    than two, or for two that CLIP, which reads lower case, cannot tell apart."""
+    listed = read_lines(names) if os.path.isfile(names) else names.split(",")
+    listed = [name.strip() for name in listed if name.strip()]
+    if len(listed) < 2 or len({name.casefold() for name in listed}) < len(listed):
+        hint = "" if "," in names or os.path.isfile(names) else f", and there is no file {names!r}"
+        raise BadInput(f"--names needs two class names at least, each once{hint}")
+    return listed
 
 
-def check_outside(folder, *files):
-    """Raises BadInput for a file that would lie in a run's folder, or in a folder that is not
-    there. files: paths or None."""
-    for file in filter(None, files):
+def check_outputs(folder, inputs, *outputs):
+    """Raises BadInput for an output that would lie in the run's folder, in no folder, or in the
+    place of an input or another output. outputs: paths or None."""
+    taken = {Path(path).resolve() for path in inputs}
+    for file in (file for file in outputs if file is not None):
         if file.resolve().is_relative_to(Path(folder).resolve()):
             raise BadInput(f"{file} would lie in the run's own folder: name another place")
-        if not file.absolute().parent.is_dir():
-            raise BadInput(f"there is no folder for {file}")
+        if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+            raise BadInput(f"cannot write {file}")
+        if file.resolve() in taken:
+            raise BadInput(f"{file} would replace a file that is needed: name another")
+        taken.add(file.resolve())
 
 
 def write_csv(file, rows, templates):
@@ -71,7 +85,10 @@ def write_csv(file, rows, templates):
     rows: (path, [(class name, probability), ...], weights, ...) of each photo.
     """
     heads = [f"{what} {i + 1}" for i in range(len(rows[0][1])) for what in ("class", "probability")]
-    with replacing(file) as scratch, open(scratch, "w", newline="", encoding="utf-8") as out:
+    with (
+        replacing(file) as scratch,
+        open(scratch, "w", newline="", encoding="utf-8", errors="surrogateescape") as out,
+    ):
         table = csv.writer(out)
         table.writerow(["image", *heads, *templates])
         for photo, answers, weights, *_ in rows:

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lib.files import replacing
 from lib.metrics import mean_std
 from lib.tables import accuracies, mean_h
 
@@ -25,7 +26,8 @@ GREY_LINES = {"zero-shot": ":", "ensemble": "--"}
 
 
 def save_figure(figure, path, dpi=120):
-    figure.savefig(path, dpi=dpi, format="png")
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=dpi, format="png")
     plt.close(figure)
 
 
@@ -48,6 +50,7 @@ def router_picture(result, path):
 
 def heat_map(columns, rows, share, title):
     """Shares of the router's weight, kinds of images x prompts, with their numbers."""
+    columns, rows = ([name[:60] for name in names] for names in (columns, rows))
     figure, axes = plt.subplots(
         figsize=(max(7.0, 2.6 + 0.75 * len(columns)), 2.2 + 0.32 * len(rows)), layout="constrained"
     )

@@ -45,15 +45,22 @@ class Progress:
         self.parts, self.n_epochs, self.steps, self.save = parts, epochs, steps, save
         self.done, self.seconds, self.usage = 0, 0.0, []
         if state:
-            for name, part in parts.items():
+            self._go_on_from(state)
+
+    def _go_on_from(self, state):
+        try:
+            for name, part in self.parts.items():
                 if isinstance(part, torch.Generator):
                     part.set_state(state[name])
-                elif state[name]:  # a loss scaler has none on a machine that needs no scaling
+                elif state[name] or name == "model":  # a loss scaler may have no state
                     part.load_state_dict(state[name])
             torch.set_rng_state(state["torch_rng"])
             if torch.cuda.is_available() and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-            self.done, self.seconds, self.usage = state["epoch"], state["seconds"], state["usage"]
+            self.done, self.seconds = int(state["epoch"]), float(state["seconds"])
+            self.usage = list(state["usage"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise BadInput("the state to resume from does not fit the run: remove it") from error
 
     def epochs(self):
         """The numbers of the epochs that are not done yet, counted from 0."""

@@ -6,13 +6,18 @@ paths below the dataset's folder and labels counting from 0.
 
 import json
 import os
+import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from lib.errors import BadInput
 from lib.files import read_lines
 
+# Remarks of Pillow's on images that it reads well.
+warnings.filterwarnings("ignore", "Palette images with Transparency")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PARTS = ("train", "val", "test")
 # All that Pillow can open, but for films and scientific containers that it only recognises.
 IMAGE_SUFFIXES = {
@@ -120,11 +125,32 @@ def readable(name):
     return " ".join(name.replace("_", " ").split())
 
 
-def open_photo(file, exif_applies=True):
-    """An image file as an RGB PIL image, turned as its EXIF data says if that applies. Raises
-    BadInput if it cannot be read."""
+def open_photo(file, as_coop=False):
+    """An image file as an RGB PIL image. Raises BadInput if it cannot be read.
+
+    as_coop: as CoOp reads it; else it is turned as its EXIF data says, and more than 8 bits per
+    pixel are scaled down instead of cut off.
+    """
     try:
         with Image.open(file) as image:
-            return (ImageOps.exif_transpose(image) if exif_applies else image).convert("RGB")
+            if not as_coop:
+                image = _to_8_bits(ImageOps.exif_transpose(image))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read the image {file}: {error}") from error
+
+
+def _to_8_bits(image):
+    """16-bit grey as its upper half, other numbers by their own range; what has 8 bits as it is."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image, dtype=np.float64)
+    low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
+    return Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+
+
+def thumbnail(file, size=400):
+    """A photo as `open_photo` opens it, at most `size` pixels wide and high."""
+    image = open_photo(file)
+    image.thumbnail((size, size))
+    return image

@@ -4,19 +4,19 @@ A run's folder holds `checkpoint.pt`, `result.json` and `router.png`; while it r
 with all that is needed to go on. Files are written under a temporary name and renamed when whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
-from lib import flags
+from lib import flags, processes
 from lib.errors import BadInput
-from lib.files import read_torch_file, replacing
+from lib.files import fcntl, made, read_torch_file, replacing
 
 RUN_FILES = re.compile(
     r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
@@ -25,6 +25,29 @@ STATE = {  # what a resume.pt holds at least
     *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "scaler", "order"),
     *("torch_rng", "cuda_rng"),
 }
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Makes a run's folder and keeps other processes from training into it meanwhile. It goes again
+    if it is still empty in the end. Raises BadInput if it cannot be made or is taken."""
+    if processes.rank() > 0:  # the first process of torchrun claims it for all
+        yield
+        return
+    with made(folder, "name another --out"):
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None  # the lock ends with the process
+        try:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            taken = f"another process is training into {folder}: name another --out"
+            raise BadInput(taken) from error
+        try:
+            yield
+        finally:
+            if fcntl:
+                os.close(handle)
 
 
 def run_folder(config, label):
@@ -45,19 +68,14 @@ def open_run(folder, config, resume, defaults, ignored):
 
     config: the flags of this run. defaults: of flags that a run in the folder may be too old to
     know. ignored: flags that may differ.
-    Raises BadInput if the folder holds the run of another configuration or other files, or
-    cannot be written; exits with status 0 if `resume` is asked of a run that is finished.
+    Raises BadInput if the folder holds the run of another configuration or other files; exits with
+    status 0 if `resume` is asked of a run that is finished.
     """
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:  # permissions alone do not tell: nobody can write in /proc, not even root
-        with tempfile.TemporaryDirectory(dir=parent):
-            pass
-    except OSError as error:
-        raise BadInput(f"cannot write in {parent}: name another --out") from error
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
-    finished, stopped = "result.json" in files, "resume.pt" in files
+    begun, stopped = "result.json" in files, "resume.pt" in files
+    finished = begun and "checkpoint.pt" in files and "checkpoint.tmp" not in files
     foreign = [name for name in files if not RUN_FILES.fullmatch(name)]
-    if not (finished or stopped):
+    if not (begun or stopped):
         foreign += [name for name in files if not name.endswith(".tmp")]
     if foreign:
         raise BadInput(f"{folder} holds {foreign[0]}, which is no run's: name another --out")
@@ -65,7 +83,7 @@ def open_run(folder, config, resume, defaults, ignored):
     if stopped:
         state = _read_state(folder / "resume.pt")
         its_config = state["config"]
-    elif finished:
+    elif begun:
         its_config = read_result(folder / "result.json")["config"]
     for flag in sorted(config.keys() - ignored):
         its_value = its_config.get(flag, defaults.get(flag))
@@ -77,7 +95,7 @@ def open_run(folder, config, resume, defaults, ignored):
     if not resume:
         if stopped:
             print(f"{folder} holds this run, stopped halfway: starting over without --resume")
-        elif finished:
+        elif begun:
             print(f"{folder} holds this run and its evaluations already: they will be replaced")
         return None
     if finished and not stopped:

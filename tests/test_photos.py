@@ -1,10 +1,13 @@
 """`eval.py RUN --images`: photos that no run has seen, on the command line and from Python."""
 
 import csv
+import os
 import re
+import subprocess
 import sys
 
 import clip
+import numpy as np
 import pytest
 import torch
 from conftest import draw_image
@@ -213,3 +216,63 @@ def test_flags_that_mean_nothing_beside_others_are_refused(flags, monkeypatch, c
 def test_names_must_differ(tmp_path):
     with pytest.raises(BadInput, match="each once"):
         eval.read_names("cat, dog, cat")
+
+
+def test_no_input_is_ever_replaced(world_run, photos, tmp_path, monkeypatch, capsys):
+    first = sorted(photos.glob("*.png"))[0]
+    names = tmp_path / "names.txt"
+    names.write_text("red circle\nblue star\n")
+    before = first.read_bytes(), names.read_bytes()
+    for flags in (
+        ["--csv", first],
+        ["--sheet", first],
+        ["--names", names, "--csv", names],
+        ["--csv", tmp_path / "x", "--sheet", tmp_path / "x"],
+    ):
+        status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos, *flags)
+        assert (status, lines) == (2, []) and "would replace a file that is needed" in errors[0]
+    for nowhere in (tmp_path, ""):
+        status, lines, errors = command(
+            monkeypatch, capsys, world_run, "--images", photos, "--csv", nowhere
+        )
+        assert (status, lines) == (2, []) and "cannot write" in errors[0]
+    assert (first.read_bytes(), names.read_bytes()) == before
+
+
+def test_hidden_files_of_an_album_are_left_out(world_run, photos, monkeypatch, capsys):
+    (photos / "._0.png").write_bytes(b"a Mac's leftover")
+    (photos / ".thumbs").mkdir()
+    (photos / ".thumbs/t.png").write_bytes(next(photos.glob("0*.png")).read_bytes())
+    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos)
+    assert (status, len(lines), errors) == (0, 3, [])
+
+
+@pytest.mark.parametrize("mode, most", [("I;16", 65535), ("I", 2**20), ("F", 1.0)])
+def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, most):
+    ramp = np.linspace(0, most, 256).reshape(16, 16)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
+    assert Image.open(tmp_path / "deep.tif").mode == mode
+    _, (image,) = next(eval.open_photos([tmp_path / "deep.tif"]))
+    grey = np.asarray(image)[..., 0].flatten().astype(int)
+    assert np.abs(grey - np.arange(256)).max() <= 1
+
+
+def test_a_names_file_may_start_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.txt").write_text("\ufeffred star\nblue ring\n", encoding="utf-8")
+    assert eval.read_names(str(tmp_path / "names.txt")) == ["red star", "blue ring"]
+
+
+def test_a_file_name_that_is_no_unicode_costs_nothing(
+    world_run, photos, tmp_path, capsys, monkeypatch
+):
+    odd = os.fsencode(photos) + b"/\xff.png"
+    os.rename(next(photos.glob("0*.png")), odd)
+    flags = "--images", photos, "--csv", tmp_path / "found.csv"
+    done = subprocess.run(
+        [sys.executable, "eval.py", world_run, *flags],
+        cwd=eval.Path(eval.__file__).parent, capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout.count(b"\n") == 3
+    assert odd in (tmp_path / "found.csv").read_bytes()

@@ -434,3 +434,27 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
         f"{run} | head -1", shell=True, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("shapes: 20 all classes") and done.stderr == ""
+
+
+def test_two_runs_never_share_a_folder(run_train, tmp_path, monkeypatch):
+    """The second is refused while the first is training; afterwards the folder is free."""
+    fit = train.fit
+
+    def fit_and_meet_another(*args):
+        with pytest.raises(BadInput, match="another process is training into .*name another --out"):
+            run_train("--shots 1 --epochs 1")
+        return fit(*args)
+
+    monkeypatch.setattr(train, "fit", fit_and_meet_another)
+    run_train("--shots 1 --epochs 1")
+    monkeypatch.setattr(train, "fit", fit)
+    run_train("--shots 1 --epochs 1")
+
+
+def test_a_run_killed_between_its_last_files_is_not_called_finished(run_train, tmp_path, capsys):
+    """A method without resume.pt: the new result stands beside the old checkpoint."""
+    run_train("--method zeroshot --shots 1")
+    (tmp_path / "run/checkpoint.pt").rename(tmp_path / "run/checkpoint.tmp")
+    run_train("--method zeroshot --shots 1 --resume")
+    assert "nothing to resume: a fresh start" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoint.pt").exists()
