@@ -291,7 +291,8 @@ def _seeded_split(dataset, folder, images, folder_names):
     for label, name in enumerate(classes):
         items = [(path, label) for path, _ in image_files(folder, images, [name])]
         random.Random(0).shuffle(items)
-        n_train, n_val = round(0.5 * len(items)), round(0.2 * len(items))
+        n_train = round(0.5 * len(items))
+        n_val = min(round(0.2 * len(items)), len(items) - n_train - 1)  # of three, one is for test
         lists["train"] += items[:n_train]
         lists["val"] += items[n_train : n_train + n_val]
         lists["test"] += items[n_train + n_val :]

@@ -65,13 +65,14 @@ class Run(NamedTuple):
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        class_names: of one's own; None for those of the training. Probabilities are the softmax of
-        the method's logits; a weight belongs to the prompt of `model.templates` at its place.
+        images: a list, or what `photo_features` gives for one. class_names: of one's own; None for
+        those of the training. Probabilities are the softmax of the method's logits; a weight
+        belongs to the prompt of `model.templates` at its place.
         Raises BadInput if the method cannot answer with these classes.
         """
         names = self.class_names if class_names is None else list(class_names)
         model = self.for_classes(self.config["dataset"], names, self.groups)
-        features = photo_features(self.clip_model, images)
+        features = images if torch.is_tensor(images) else photo_features(self.clip_model, images)
         logits, weights = (torch.cat(part) for part in zip(*model.logits(names, features)))
         return names, logits.softmax(dim=-1).cpu(), weights.cpu()
 
@@ -116,7 +117,7 @@ def load_run(folder, clip=None, device=None):
 def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=None):
     """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
-    run = load_run(folder, clip, device)
+    folder, run = Path(folder), load_run(folder, clip, device)
     config, groups, _, model, clip_model, fingerprint = run
     its_result = read_result(folder / "result.json")
     dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
@@ -224,18 +225,21 @@ def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=N
     files = find_photos(paths)
     check_outputs(folder, [*files, *([names] if names else [])], csv_file, sheet)
     names = None if names is None else read_names(names)
-    run, rows = load_run(folder, clip, device), []
-    for photos, images in open_photos(files):
-        class_names, probabilities, weights = run.classify(images, names)
-        for photo, p, w in zip(photos, probabilities, weights):
-            best = p.topk(min(3, len(class_names)))
-            answers = [(class_names[i], x) for i, x in zip(best.indices, best.values.tolist())]
-            prompts = used_prompts(w, run.model.templates)
-            said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
-            print(f"{photo}: {said}" + (f"  [{' | '.join(prompts)}]" if prompts else ""))
-            rows.append((photo, answers, w.tolist(), prompts))
-    if not rows:
+    run = load_run(folder, clip, device)
+    photos, features, rows = [], [], []
+    for some, images in open_photos(files):
+        photos += some
+        features.append(photo_features(run.clip_model, images))
+    if not photos:
         raise BadInput(f"none of {len(files)} images could be read")
+    class_names, probabilities, weights = run.classify(torch.cat(features), names)
+    for photo, p, w in zip(photos, probabilities, weights):
+        best = p.topk(min(3, len(class_names)))
+        answers = [(class_names[i], x) for i, x in zip(best.indices, best.values.tolist())]
+        prompts = used_prompts(w, run.model.templates)
+        said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
+        print(f"{photo}: {said}" + (f"  [{' | '.join(prompts)}]" if prompts else ""))
+        rows.append((photo, answers, w.tolist(), prompts))
     if csv_file:
         write_csv(csv_file, rows, run.model.templates)
     if sheet:

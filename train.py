@@ -183,6 +183,8 @@ def resolve(args):
     if config["groups"] == "auto" and config["one_group"]:
         whose = "--one-group" if args.one_group else f"--method {config['method']}"
         raise BadInput(f"--groups auto makes several groups, and {whose} has one")
+    if config["groups"] == "auto" and config["classifier"] != "prompts":
+        raise BadInput(f"--method {config['method']} has no prompts, so no use for --groups auto")
     groups = named_groups(config["groups"], config["dataset"], config["one_group"])
     if config["groups"] != "auto":
         check_top_k(args.top_k, groups)

@@ -8,7 +8,7 @@ fp32 weights to fp16 on the way; here they stay what they were.
 """
 
 import hashlib
-import urllib.error
+import http.client
 import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -98,7 +98,7 @@ def _fetch(name):
     try:
         CLIP_CACHE.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # renames last
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise BadInput(
             f"cannot download CLIP {name} from {url} ({error}); put that file at {path}"
             " or name another with --clip FILE"

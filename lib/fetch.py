@@ -6,6 +6,7 @@ place is whole. One process at a time fetches into a folder; others wait, and fi
 
 import contextlib
 import gzip
+import http.client
 import os
 import shutil
 import tarfile
@@ -26,7 +27,7 @@ from lib.files import fcntl, made
 
 FAILURES = (
     *(OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error),
-    gdown.exceptions.DownloadError,
+    *(gdown.exceptions.DownloadError, http.client.HTTPException),
 )
 SCRATCH = ".fetching-"
 
@@ -92,7 +93,7 @@ def _scratch(folder):
     """A temporary folder in `folder`, for this process alone. What killed processes left there is
     removed."""
     with made(folder), _lock(folder / f"{SCRATCH}lock"):
-        for stale in folder.glob(f"{SCRATCH}*/"):
+        for stale in folder.glob(f"{SCRATCH}*/") if fcntl else ():  # without locks, maybe in use
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
             yield Path(scratch)

@@ -23,7 +23,7 @@ def made(folder, way_out=""):
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder):  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not tell
             pass
     except OSError as error:
         raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error

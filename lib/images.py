@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lib import cache, processes
 from lib.clip_model import MEAN, STD
 from lib.errors import BadInput
+from lib.readers import upright_rgb
 
 ENCODING = 1  # part of every cache key: raise it with any change to the numbers below
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
@@ -32,12 +33,11 @@ SHARD = 4096  # rows; what is encoded is safe on disk at least this often
 
 
 def preprocess(image, size):
-    """CLIP's own: the short side to `size` pixels, centre crop, normalised. PIL -> (3, H, W)."""
+    """CLIP's own: the short side to `size` pixels, centre crop. PIL -> uint8 (3, size, size)."""
     import torchvision.transforms.functional as TF  # here: --help need not wait a second for it
 
     image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)
-    image = TF.center_crop(image, [size, size])
-    return TF.normalize(TF.to_tensor(image), MEAN, STD)
+    return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
 
 
 def preprocess_view(image, size, seed):
@@ -45,16 +45,22 @@ def preprocess_view(image, size, seed):
 
     seed: an int; the same arguments give the same view. The draws are those of torchvision's
     `RandomResizedCrop` and `RandomHorizontalFlip`, from a generator of the view's own instead of
-    the one that all threads share.
+    the one that all threads share. PIL -> uint8 (3, size, size).
     """
     import torchvision.transforms.functional as TF
 
     rng = torch.Generator().manual_seed(seed)
     bicubic = TF.InterpolationMode.BICUBIC
     image = TF.resized_crop(image, *_crop(*image.size, rng), [size, size], bicubic)
-    if torch.rand(1, generator=rng) < 0.5:
-        image = TF.hflip(image)
-    return TF.normalize(TF.to_tensor(image), MEAN, STD)
+    return TF.pil_to_tensor(TF.hflip(image) if torch.rand(1, generator=rng) < 0.5 else image)
+
+
+def as_clip_reads(images, device):
+    """A list of uint8 (3, H, W) as one normalised batch (B, 3, H, W). Not in the threads: torch's
+    own arithmetic would start as many threads again in each of them."""
+    batch = torch.stack(images).to(device).float() / 255
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+    return (batch - mean) / std
 
 
 def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
@@ -75,8 +81,11 @@ def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
 
 
 def load_image(split, path, view, size):
-    """An image of a split, preprocessed: (3, size, size). view: None for the test transform, else
-    the number of the view, which is seeded by path and number alone: every run meets the same."""
+    """An image of a split, preprocessed: uint8 (3, size, size).
+
+    view: None for the test transform, else the number of the view, which is seeded by path and
+    number alone: every run meets the same.
+    """
     image = split.open(path)
     if view is None:
         return preprocess(image, size)
@@ -128,7 +137,8 @@ def image_features(clip_model, fingerprint, split, items, n_views=None, what="im
     how = [ENCODING, fingerprint, device.type, PIL.__version__, version("torchvision")]
     folder = cache.CACHE / split.name / cache.hashed("|".join(map(str, how))).hex()
     views = range(n_views) if n_views else [None]
-    names = cache.content_names(split, {item.path: None for item in items}, _threads().map)
+    paths = list({item.path: None for item in items})  # each once
+    names = processes.first(lambda: cache.content_names(split, paths, _threads().map))
     keys = [cache.hashed(f"{names[item.path]}|{view}") for item in items for view in views]
     wanted = dict(zip(keys, [(split, item.path, view) for item in items for view in views]))
 
@@ -181,9 +191,9 @@ def _encode(clip_model, wanted, bar):
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     rows = []
     for batch, loaded in _one_ahead(lambda *item: load_image(*item, size), batches):
-        images = torch.stack(loaded)
-        padded = images.new_zeros(n, *images.shape[1:], device=device)
-        padded[: len(images)] = images.to(device)
+        images = as_clip_reads(loaded, device)
+        padded = images.new_zeros(n, *images.shape[1:])
+        padded[: len(images)] = images
         with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
             features = clip_model.encode_image(padded)[: len(images)].float()
         finite = features.isfinite().all(dim=1)
@@ -202,10 +212,12 @@ def _encode(clip_model, wanted, bar):
 def photo_features(clip_model, images):
     """Normalised features (N, D) of PIL images that belong to no dataset, computed here and now."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
-    batches = [[(image, size)] for image in images]
+    batches = [[(upright_rgb(image), size)] for image in images]
+    if not batches:
+        raise BadInput("there is no image to look at")
     with torch.no_grad():
         features = [
-            clip_model.encode_image(torch.stack(loaded).to(device)).float()
+            clip_model.encode_image(as_clip_reads(loaded, device)).float()
             for _, loaded in _one_ahead(preprocess, batches)
         ]
     return F.normalize(torch.cat(features), dim=-1)
@@ -264,15 +276,25 @@ class LiveFeatures:
         size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
         view = epoch if self.cropped else None
         rank, world = processes.rank(), processes.world()
+
+        def load_or_error(*item):  # an error goes to all processes, so that all end with it
+            try:
+                return load_image(*item)
+            except BadInput as error:
+                return error
+
         # Each process loads its share of every batch; all encode the whole batch.
         own = [
             [(self.split, self.split.train[i].path, view, size) for i in batch[rank::world]]
             for batch in batches
         ]
-        for batch, (_, loaded) in zip(batches, _one_ahead(load_image, own)):
+        for batch, (_, loaded) in zip(batches, _one_ahead(load_or_error, own)):
             images = [None] * len(batch)
             for r, part in enumerate(processes.gather(loaded)):
                 images[r::world] = part
+            for image in images:
+                if isinstance(image, BadInput):
+                    raise image
             with processes.mixed_precision(device):
-                features = self.clip_model.encode_image(torch.stack(images).to(device))
+                features = self.clip_model.encode_image(as_clip_reads(images, device))
             yield F.normalize(features.float(), dim=-1)

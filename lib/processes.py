@@ -50,7 +50,8 @@ def n_threads():
 def mixed_precision(device, enabled=True):
     """The autocast context in which the frozen encoders run: bf16 on a GPU that has it, fp16 on an
     older one, and no change on a CPU."""
-    return torch.autocast("cuda", mixed_dtype(), enabled=enabled and device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    return torch.autocast("cuda", mixed_dtype() if on_gpu else None, enabled=enabled and on_gpu)
 
 
 def mixed_dtype():

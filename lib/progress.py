@@ -55,7 +55,7 @@ class Progress:
                 elif state[name] or name == "model":  # a loss scaler may have no state
                     part.load_state_dict(state[name])
             torch.set_rng_state(state["torch_rng"])
-            if torch.cuda.is_available() and state["cuda_rng"] is not None:
+            if torch.cuda.is_initialized() and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
             self.done, self.seconds = int(state["epoch"]), float(state["seconds"])
             self.usage = list(state["usage"])
@@ -105,5 +105,6 @@ class Progress:
             is_rng = isinstance(part, torch.Generator)
             state[name] = part.get_state() if is_rng else part.state_dict()
         state["torch_rng"] = torch.get_rng_state()
-        state["cuda_rng"] = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        on_gpu = torch.cuda.is_initialized()
+        state["cuda_rng"] = torch.cuda.get_rng_state() if on_gpu else None
         return state

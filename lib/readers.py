@@ -128,16 +128,19 @@ def readable(name):
 def open_photo(file, as_coop=False):
     """An image file as an RGB PIL image. Raises BadInput if it cannot be read.
 
-    as_coop: as CoOp reads it; else it is turned as its EXIF data says, and more than 8 bits per
-    pixel are scaled down instead of cut off.
+    as_coop: as CoOp reads it; else as `upright_rgb` makes it.
     """
     try:
         with Image.open(file) as image:
-            if not as_coop:
-                image = _to_8_bits(ImageOps.exif_transpose(image))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return image.convert("RGB") if as_coop else upright_rgb(image)
+    except Exception as error:  # on damaged bytes Pillow may stumble in any way
         raise BadInput(f"cannot read the image {file}: {error}") from error
+
+
+def upright_rgb(image):
+    """A PIL image turned as its EXIF data says, in RGB; more than 8 bits per pixel are scaled down
+    instead of cut off."""
+    return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 def _to_8_bits(image):

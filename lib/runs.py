@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from lib import flags, processes
 from lib.errors import BadInput
 from lib.files import fcntl, made, read_torch_file, replacing
 
-RUN_FILES = re.compile(
-    r"(checkpoint|resume)\.pt|result\.json|router\.png|(eval|samples)_.+\.(json|png)|.+\.tmp"
-)
 STATE = {  # what a resume.pt holds at least
     *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "scaler", "order"),
     *("torch_rng", "cuda_rng"),
@@ -35,19 +31,22 @@ def claimed(folder):
         yield
         return
     with made(folder, "name another --out"):
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None  # the lock ends with the process
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
         try:
             if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            taken = f"another process is training into {folder}: name another --out"
-            raise BadInput(taken) from error
-        try:
+                with contextlib.suppress(OSError):  # some network disks have no locks
+                    _lock(handle, folder)
             yield
         finally:
             if fcntl:
-                os.close(handle)
+                os.close(handle)  # the lock ends here, or with the process
+
+
+def _lock(handle, folder):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadInput(f"another process trains into {folder}: name another --out") from error
 
 
 def run_folder(config, label):
@@ -74,10 +73,8 @@ def open_run(folder, config, resume, defaults, ignored):
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
     begun, stopped = "result.json" in files, "resume.pt" in files
     finished = begun and "checkpoint.pt" in files and "checkpoint.tmp" not in files
-    foreign = [name for name in files if not RUN_FILES.fullmatch(name)]
-    if not (begun or stopped):
-        foreign += [name for name in files if not name.endswith(".tmp")]
-    if foreign:
+    foreign = [name for name in files if not name.endswith(".tmp")]
+    if foreign and not (begun or stopped):  # beside a run's files, others are left as they are
         raise BadInput(f"{folder} holds {foreign[0]}, which is no run's: name another --out")
     state, its_config = None, config
     if stopped:

@@ -603,3 +603,12 @@ def test_class_folders_that_are_left_out_are_named(tmp_path, capsys):
     folder = make_folder(tmp_path / "photos", ["cat", "dog", "_old", ".hidden"])
     assert load_split(str(folder), "").class_names == ["cat", "dog"]
     assert "_old left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "n, parts", [(2, (1, 0, 1)), (3, (2, 0, 1)), (4, (2, 1, 1)), (5, (2, 1, 2))]
+)
+def test_small_classes_keep_an_image_for_the_test(tmp_path, n, parts):
+    split = load_split(str(make_folder(tmp_path / "photos", ["cat", "dog"], n)), "")
+    counts = len(split.train), len(split.val), len(split.test)
+    assert counts == tuple(2 * part for part in parts)

@@ -55,11 +55,16 @@ def photos(tmp_path):
     return Split("photos", tmp_path / "photos", "coop", ["a"], items, [], items)
 
 
+def loaded(split, path, view):
+    """What CLIP gets of an image: (3, 32, 32)."""
+    return images.as_clip_reads([images.load_image(split, path, view, 32)], "cpu")[0]
+
+
 def test_the_test_transform_is_clips_own_on_images_made_rgb_first_as_coop_does(photos):
     for item in photos.test:
         image = Image.open(photos.folder / item.path).convert("RGB")
         expected = clip.clip._transform(32)(image)
-        assert torch.equal(images.load_image(photos, item.path, None, 32), expected), item.path
+        assert torch.equal(loaded(photos, item.path, None), expected), item.path
 
 
 def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_seed(photos):
@@ -71,7 +76,7 @@ def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_s
             seed = hashlib.sha256(f"{item.path}|{view}".encode()).digest()[:8]
             torch.manual_seed(int.from_bytes(seed, "little"))
             expected = theirs(Image.open(photos.folder / item.path).convert("RGB"))
-            assert torch.equal(images.load_image(photos, item.path, view, 32), expected)
+            assert torch.equal(loaded(photos, item.path, view), expected)
 
 
 def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
@@ -326,7 +331,7 @@ def test_the_norm_of_a_feature_is_kept_beside_it(eurosat, random_clip, capsys):
     unit, _ = encode(random_clip, split, split.test, capsys)
     (shard,) = cache.CACHE.rglob("*.npz")
     rows = torch.from_numpy(np.load(shard)["rows"])
-    pixels = [images.load_image(split, item.path, None, 32) for item in split.test]
+    pixels = [loaded(split, item.path, None) for item in split.test]
     raw = random_clip.encode_image(torch.stack(pixels))
     assert torch.allclose(rows[:, :-1] * rows[:, -1:], raw, atol=1e-4)
     assert torch.equal(rows[:, :-1], unit)

@@ -395,3 +395,9 @@ def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_pat
     run_train("--method zeroshot --shots 1 --out", tmp_path / "none")
     with pytest.raises(BadInput, match="it has no prompts"):
         eval.nearest_words(tmp_path / "none")
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "ensemble", "linear"])
+def test_methods_without_prompts_have_no_use_for_found_groups(method):
+    with pytest.raises(BadInput, match=f"--method {method} has no prompts, so no use for"):
+        config_of("--method", method, "--groups", "auto")

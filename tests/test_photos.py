@@ -276,3 +276,14 @@ def test_a_file_name_that_is_no_unicode_costs_nothing(
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == b"" and done.stdout.count(b"\n") == 3
     assert odd in (tmp_path / "found.csv").read_bytes()
+
+
+def test_photos_of_any_mode_and_one_photo_twice_are_answered_from_python(world_run):
+    run = load_run(world_run)
+    photo = world.draw("red", "arrow", "large", 0, "shapes").resize((48, 40))
+    modes = ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"]
+    _, probabilities, _ = run.classify([photo, photo, *(photo.convert(m) for m in modes)])
+    assert torch.equal(probabilities[0], probabilities[1])
+    assert torch.allclose(probabilities[0], probabilities[2]) and probabilities.shape == (9, 20)
+    with pytest.raises(BadInput, match="there is no image"):
+        run.classify([])

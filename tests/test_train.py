@@ -441,7 +441,7 @@ def test_two_runs_never_share_a_folder(run_train, tmp_path, monkeypatch):
     fit = train.fit
 
     def fit_and_meet_another(*args):
-        with pytest.raises(BadInput, match="another process is training into .*name another --out"):
+        with pytest.raises(BadInput, match="another process trains into .*name another --out"):
             run_train("--shots 1 --epochs 1")
         return fit(*args)
 
@@ -458,3 +458,10 @@ def test_a_run_killed_between_its_last_files_is_not_called_finished(run_train, t
     run_train("--method zeroshot --shots 1 --resume")
     assert "nothing to resume: a fresh start" in capsys.readouterr().out
     assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_what_a_desktop_leaves_in_a_runs_folder_is_left_alone(run_train, tmp_path):
+    run_train("--shots 1 --epochs 1")
+    (tmp_path / "run/.DS_Store").write_text("a Mac looked at router.png")
+    run_train("--shots 1 --epochs 1")
+    assert (tmp_path / "run/.DS_Store").read_text() == "a Mac looked at router.png"
