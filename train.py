@@ -84,11 +84,7 @@ FLAGS = {
         "gate_weight": (1.0, number(float, 0), "of the gate loss"),
         "text_weight": (5.0, number(float, 0), "of the text loss"),
         "text_scale": (1.0, number(float, 0), "of similarities in the text loss"),
-        "text_target": (
-            "prototypes",
-            ("prototypes", "templates"),
-            "what the text loss compares with",
-        ),
+        "text_target": ("prototypes", ("prototypes", "templates"), "of the text loss"),
     },
     "method: training": {
         "epochs": (50, number(int, 1), "passes over the training images"),
@@ -175,7 +171,8 @@ def resolve(args):
     resume = config.pop("resume")
     config["dataset"] = full_dataset(config["dataset"])
     for flag in ("clip", "groups"):  # files are found again from any folder
-        if config[flag] and Path(config[flag]).is_file():
+        named = config[flag] in (None, "bundled", "dataset", "auto")
+        if not named and Path(config[flag]).is_file():
             config[flag] = str(Path(config[flag]).resolve())
     defaults = preset(config)
     config = flags.complete(config, defaults, FLAGS, UNREAD)
@@ -400,6 +397,7 @@ def train(config, groups, folder, resume):
 
 
 def train_here(config, groups, folder, resume, device):
+    """The run itself: data, CLIP, baselines, training, results."""
     state = open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
     whole, split = few_shot_split(config)
     if config["classifier"] == "linear" and not split.val:
