@@ -20,34 +20,25 @@ Letters in shapes: B images of a batch, N images, C classes, G prompts, T templa
 
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import router
 from data import class_slice, few_shot_split, full_dataset
-from lib import flags, metrics, processes
+from lib import flags, metrics, processes, runs
 from lib.catalogue import DATASETS, row_of
 from lib.clip_model import load_clip
 from lib.encoder import CHUNK
 from lib.errors import BadInput, exit_on_bad_input
+from lib.files import full_path
 from lib.flags import number
 from lib.grouping import group_templates
 from lib.images import image_features, image_layer_norms, training_features
 from lib.probe import fit_probe
 from lib.progress import Progress, nothing_left_if_diverged
-from lib.runs import (
-    announce,
-    check_made_of,
-    claimed,
-    describe,
-    open_run,
-    publish,
-    run_folder,
-    save_torch,
-)
-from lib.templates import all_templates, check_init, named_groups
+from lib.runs import claimed, save_torch
+from lib.templates import all_templates, check_auto, check_init, named_groups
 from losses import gate_loss, image_loss, text_loss
 from prompts import SoftPrompts, hard_prototypes, template_features, untrained_classifiers
 from router import Router, gate_target, mixed_logits
@@ -170,23 +161,18 @@ def resolve(args):
     config = vars(args).copy()
     resume = config.pop("resume")
     config["dataset"] = full_dataset(config["dataset"])
-    for flag in ("clip", "groups"):  # files are found again from any folder
-        named = config[flag] in (None, "bundled", "dataset", "auto")
-        if not named and Path(config[flag]).is_file():
-            config[flag] = str(Path(config[flag]).resolve())
+    config["clip"] = full_path(config["clip"], but=["bundled"])
+    config["groups"] = full_path(config["groups"], but=["dataset", "auto"])
     defaults = preset(config)
     config = flags.complete(config, defaults, FLAGS, UNREAD)
     check_init(config["init"])
-    if config["groups"] == "auto" and config["one_group"]:
-        whose = "--one-group" if args.one_group else f"--method {config['method']}"
-        raise BadInput(f"--groups auto makes several groups, and {whose} has one")
-    if config["groups"] == "auto" and config["classifier"] != "prompts":
-        raise BadInput(f"--method {config['method']} has no prompts, so no use for --groups auto")
+    if config["groups"] == "auto":
+        check_auto(config, args.one_group)
     groups = named_groups(config["groups"], config["dataset"], config["one_group"])
     if config["groups"] != "auto":
         check_top_k(args.top_k, groups)
     label = flags.label(config["method"], flags.changed(config, defaults))
-    folder = run_folder(config, label)
+    folder = runs.run_folder(config, label)
     return config | {"out": str(folder)}, groups, folder, resume
 
 
@@ -398,7 +384,7 @@ def train(config, groups, folder, resume):
 
 def train_here(config, groups, folder, resume, device):
     """The run itself: data, CLIP, baselines, training, results."""
-    state = open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
+    state = runs.open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
     whole, split = few_shot_split(config)
     if config["classifier"] == "linear" and not split.val:
         raise BadInput("--method linear chooses its strength on val images: there are none")
@@ -420,8 +406,8 @@ def train_here(config, groups, folder, resume, device):
     if config["classifier"] == "prompts":
         model = make_model(clip_model, groups, config)
         model.prompts.set_classes(clip_model, names)
-    made_of = check_made_of(folder, state, [groups, fingerprint, names, split.train])
-    announce(config, split, model, bool(row_of(split.dataset).templates))
+    made_of = runs.check_made_of(folder, state, [groups, fingerprint, names, split.train])
+    runs.announce(config, split, model, bool(row_of(split.dataset).templates))
 
     encode = partial(image_features, clip_model, fingerprint, split)
     test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
@@ -465,7 +451,7 @@ def train_here(config, groups, folder, resume, device):
     }
     learned = {"groups": groups, "clip_fingerprint": fingerprint, "model": model.state_dict()}
     checkpoint = {"config": config, "class_names": split.class_names, **learned}
-    processes.only_first(lambda: publish(folder, checkpoint, result))
+    processes.only_first(lambda: runs.publish(folder, checkpoint, result))
 
 
 def examine(model, config, changed_flags, split, classes, features):
@@ -474,7 +460,11 @@ def examine(model, config, changed_flags, split, classes, features):
     predictions, weights = (x.cpu() for x in model.predict(split.class_names, features))
     labels, names = split.labels(split.test), split.class_names
     numbers = metrics.measure(predictions, weights, labels, split.kinds, names, model.templates)
-    return describe(config, changed_flags, model, split, classes) | numbers, predictions, weights
+    return (
+        runs.describe(config, changed_flags, model, split, classes) | numbers,
+        predictions,
+        weights,
+    )
 
 
 def accuracy_on(model, split, items, features):

@@ -71,6 +71,13 @@ def read_torch_file(path, what):
     return content
 
 
+def full_path(value, but=()):
+    """The full path of a file, to be found again from any folder; other values, and words that mean
+    something else, as they are."""
+    is_file = value and value not in but and Path(value).is_file()
+    return str(Path(value).resolve()) if is_file else value
+
+
 def read_text(file):
     """The content of a text file. Raises BadInput if it cannot be read."""
     try:

@@ -21,6 +21,16 @@ def check_init(init):
             raise BadInput(f"--init: {error}; or template, or random") from error
 
 
+def check_auto(config, asked_for_one_group):
+    """Raises BadInput where `--groups auto` makes no sense. config: of the run."""
+    method = f"--method {config['method']}"
+    if config["classifier"] != "prompts":
+        raise BadInput(f"{method} has no prompts, so no use for --groups auto")
+    if config["one_group"]:
+        whose = "--one-group" if asked_for_one_group else method
+        raise BadInput(f"--groups auto makes several groups, and {whose} has one")
+
+
 def named_groups(name, dataset, one_group=False):
     """The groups that `--groups` names: `dataset` or `auto` for the dataset's own, else a file's.
 
