@@ -42,7 +42,7 @@ class Item(NamedTuple):
 class Split:
     """A dataset, or a part of one: three lists of items, labels counting from 0."""
 
-    dataset: str  # as given to --dataset
+    dataset: str  # a name of the catalogue, or the full path of a folder of one's own
     folder: Path | None  # None: the images are drawn
     source: str  # `coop`, `folder`, `seeded` or `shapes`: where the lists come from
     class_names: list[str]  # by label

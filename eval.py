@@ -54,14 +54,6 @@ class Run(NamedTuple):
     clip_model: torch.nn.Module
     fingerprint: str  # of the CLIP's weights
 
-    def for_classes(self, dataset, class_names, groups):
-        """The model, made ready for these classes: only zeroshot and ensemble are not for any."""
-        if self.config["classifier"] not in ("zeroshot", "ensemble"):
-            return self.model
-        features = template_features(self.clip_model, all_templates(groups), class_names)
-        probes = untrained_classifiers(self.clip_model, dataset, class_names, features)
-        return probes[self.config["classifier"]]
-
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
@@ -71,7 +63,11 @@ class Run(NamedTuple):
         Raises BadInput if the method cannot answer with these classes.
         """
         names = self.class_names if class_names is None else list(class_names)
-        model = self.for_classes(self.config["dataset"], names, self.groups)
+        model, kind = self.model, self.config["classifier"]
+        if kind in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
+            hard_features = template_features(self.clip_model, all_templates(self.groups), names)
+            dataset = self.config["dataset"]
+            model = untrained_classifiers(self.clip_model, dataset, names, hard_features)[kind]
         features = images if torch.is_tensor(images) else photo_features(self.clip_model, images)
         logits, weights = (torch.cat(part) for part in zip(*model.logits(names, features)))
         return names, logits.softmax(dim=-1).cpu(), weights.cpu()

@@ -13,10 +13,10 @@ def predictions(logits):
 def measure(predictions, weights, labels, kinds, class_names, templates):
     """What `result.json` says of a model on test images.
 
-    predictions: (N,) labels, weights: (N, G) of the prompts that started from `templates`, labels:
-    (N,), kinds: (the kind of each image, the kinds' names) for the router's table.
+    All on the CPU. predictions: (N,) labels, weights: (N, G) of the prompts that started from
+    `templates`, labels: (N,), kinds: (the kind of each image, the kinds' names), for the router's
+    table.
     """
-    weights = weights.cpu()
     return {
         "accuracy": accuracy(predictions, labels),
         "per_class_accuracy": per_class_accuracy(predictions, labels, class_names),
@@ -32,7 +32,7 @@ def accuracy(predictions, labels):
 
 def per_class_accuracy(predictions, labels, class_names):
     """{class name: top-1 accuracy in percent, None without images}."""
-    predictions, found = predictions.cpu(), {}
+    found = {}
     for label, name in enumerate(class_names):
         own = labels == label
         key = name if name not in found else f"{name} ({label})"  # ImageNet has a few names twice
