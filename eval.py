@@ -194,7 +194,7 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
     if run.config["classifier"] != "prompts":
         raise BadInput(f"{folder} is a run of {run.config['method']}: it has no prompts")
     embeddings = run.clip_model.token_embedding.weight
-    known = known_tokens(run.clip_model).nonzero().flatten()
+    known = torch.tensor(sorted(known_tokens(run.clip_model)), device=embeddings.device)
     found, prompts = {}, run.model.prompts
     for template, *contexts in zip(
         prompts.templates, prompts.context_before, prompts.context_after

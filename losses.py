@@ -6,6 +6,8 @@ Letters in shapes: B images, C classes, G prompts, D feature width.
 import torch
 import torch.nn.functional as F
 
+NUMBERS_AT_ONCE = 2**24  # of the text loss's similarities: 64 MB
+
 
 def image_loss(logits, labels):
     """Cross-entropy of the mixture's class logits (B, C) with the labels (B,)."""
@@ -34,7 +36,13 @@ def text_loss(text_features, prototypes, scale=1.0):
     this is meant to keep the new classes in place. text_features and prototypes (G, C, D); with
     more dimensions in front, averaged over these as well.
     """
-    logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)
-    logits, n_classes = logits.flatten(0, -2), logits.shape[-1]  # (G * C soft, C hard)
-    labels = torch.arange(n_classes, device=logits.device).repeat(len(logits) // n_classes)
-    return F.cross_entropy(logits, labels)
+    n_classes, width = prototypes.shape[-2:]
+    prototypes = prototypes.expand_as(text_features).reshape(-1, n_classes, width)
+    text_features = text_features.reshape(-1, n_classes, width)
+    labels, total = torch.arange(n_classes, device=text_features.device), 0
+    # Some groups at a time: with 4,000 classes the similarities of one are 16 million numbers.
+    at_once = max(1, NUMBERS_AT_ONCE // n_classes**2)
+    for soft, hard in zip(text_features.split(at_once), prototypes.split(at_once)):
+        logits = (scale * soft @ hard.transpose(-1, -2)).flatten(0, 1)  # (G * C soft, C hard)
+        total = total + F.cross_entropy(logits, labels.repeat(len(soft)), reduction="sum")
+    return total / len(text_features) / n_classes

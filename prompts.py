@@ -29,20 +29,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.catalogue import row_of
-from lib.encoder import CHUNK, LEARNED, Sentences
 from lib.probe import ClassVectors
 from lib.templates import check_template
-from lib.tokens import EOT, SOS, check_length, check_words, known_tokens, token_ids
+from lib.text_encoder import LEARNED, Sentences
+from lib.tokens import EOT, SOS, check_length, check_words, fill_in, known_tokens, token_ids
 
 # -------------------------------------------------------------------------------- hard prompts
 
 
 @torch.no_grad()
-def template_features(clip_model, templates, class_names, chunk=CHUNK):
+def template_features(clip_model, templates, class_names, chunk=None):
     """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template brings it or not.
-    chunk: how many are encoded at a time.
+    chunk: how many are encoded at a time, see `Sentences`.
     Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
     """
     known = known_tokens(clip_model)
@@ -50,13 +50,12 @@ def template_features(clip_model, templates, class_names, chunk=CHUNK):
     for template in templates:
         sentence = check_template(template).strip().rstrip(".") + "."
         sentences.append([])
-        for name in class_names:
-            text = sentence.replace("{}", name)
-            tokens = [SOS, *token_ids(text), EOT]
+        for name, ids in zip(class_names, fill_in(sentence, class_names)):
+            text, tokens = sentence.replace("{}", name), [SOS, *ids, EOT]
             check_length(clip_model, len(tokens), text)
             check_words(known, tokens, text)
             sentences[-1].append(tokens)
-    return F.normalize(Sentences(clip_model, sentences).encode(clip_model, chunk=chunk), dim=-1)
+    return F.normalize(Sentences(clip_model, sentences, chunk).encode(clip_model), dim=-1)
 
 
 def hard_prototypes(features, groups):
@@ -115,15 +114,17 @@ class SoftPrompts(nn.Module):
             else:
                 start = template if init == "template" else init
                 halves = check_template(start).strip().rstrip(".").split("{}")
-                ids = [torch.tensor(token_ids(half), dtype=torch.long) for half in halves]
-                for half, tokens in zip(halves, ids):
-                    check_words(known, tokens, half)
-                before, after = (embeddings[tokens].detach().float() for tokens in ids)
-            self.context_before.append(nn.Parameter(before.clone()))  # (tokens, W)
-            self.context_after.append(nn.Parameter(after.clone()))  # (tokens, W), often none
+                for half in halves:
+                    check_words(known, token_ids(half), half)
+                before, after = (embeddings[list(token_ids(half))].float() for half in halves)
+            self.context_before.append(nn.Parameter(before.detach().clone()))  # (tokens, W)
+            self.context_after.append(
+                nn.Parameter(after.detach().clone())
+            )  # (tokens, W), often none
 
-    def set_classes(self, clip_model, class_names):
-        """Puts every class name into every prompt.
+    def set_classes(self, clip_model, class_names, chunk=None):
+        """Puts every class name into every prompt. chunk: how many of these sentences are encoded
+        at a time, see `Sentences`.
 
         Raises BadInput for a name that makes a prompt too long or has no embedding.
         """
@@ -140,22 +141,21 @@ class SoftPrompts(nn.Module):
             prompts.append([[SOS, *before, *name, *after, EOT] for name in names])
             for text, sentence in zip(class_names, prompts[-1]):
                 check_length(clip_model, len(sentence), f"the prompt {template!r} with {text!r}")
-        self.sentences = Sentences(clip_model, prompts)
+        self.sentences = Sentences(clip_model, prompts, chunk)
 
     def context(self):
         """All context vectors, prompt by prompt: (V, W)."""
         halves = zip(self.context_before, self.context_after)
         return torch.cat([half for pair in halves for half in pair])
 
-    def text_features(self, clip_model, bias=None, shift=None, only=None, chunk=CHUNK):
+    def text_features(self, clip_model, bias=None, shift=None, only=None, dtype=torch.float32):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
         bias: None or (1, D), one vector added to all features before normalising (LASP's
         correction). shift: None or (B, W), added to all context vectors, one for each image as in
-        CoCoOp; the result is then (B, G, C, D). only: None or (G,) bool, the prompts to encode;
-        what stands in the place of the others is meaningless. chunk: how many prompts x classes
-        are encoded at a time.
+        CoCoOp; the result is then (B, G, C, D). only: None, or a list of the prompts to encode;
+        what stands in the place of the others is meaningless. dtype: of the encoder's products.
         """
         context = self.context() if shift is None else self.context() + shift[:, None]
-        features = self.sentences.encode(clip_model, context, only, chunk)
+        features = self.sentences.encode(clip_model, context, only, dtype)
         return F.normalize(features if bias is None else features + bias, dim=-1)

@@ -29,12 +29,12 @@ from data import class_slice, few_shot_split, full_dataset
 from lib import flags, metrics, processes, runs
 from lib.catalogue import DATASETS, row_of
 from lib.clip_model import load_clip
-from lib.encoder import CHUNK
 from lib.errors import BadInput, exit_on_bad_input
 from lib.files import full_path
 from lib.flags import number
 from lib.grouping import group_templates
-from lib.images import image_features, image_layer_norms, training_features
+from lib.image_encoder import learnable_layer_norms
+from lib.images import image_features, training_features
 from lib.probe import fit_probe
 from lib.progress import Progress, nothing_left_if_diverged
 from lib.runs import claimed, save_torch
@@ -88,7 +88,7 @@ FLAGS = {
     "machine": {
         "data": ("data", str, "the root of all datasets"),
         "device": (None, str, "cpu, cuda, cuda:1, ... (default: cuda if there is one)"),
-        "chunk": (CHUNK, number(int, 1), "prompts x classes encoded at a time: bounds memory"),
+        "chunk": (None, number(int, 1), "prompts x classes encoded at a time: bounds memory"),
         "out": (None, str, "the run's folder (default: out/<dataset>/<run>)"),
         "resume": (False, bool, "go on where this run was stopped"),
     },
@@ -207,9 +207,12 @@ class MoCoOp(nn.Module):
         self.router = Router(width, len(groups), top_k, config["router"])
         self.templates, self.top_k = templates, self.router.top_k
         self.text_bias = nn.Parameter(torch.zeros(1, width)) if config["text_bias"] else None
-        self.visual_ln = image_layer_norms(clip_model) if config["tune_visual_ln"] else None
+        self.visual_ln = learnable_layer_norms(clip_model) if config["tune_visual_ln"] else None
         self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
         self.chunk = config["chunk"]
+
+    def set_classes(self, class_names):
+        self.prompts.set_classes(self.clip_model, class_names, self.chunk)
 
     def forward(self, image_features, classes=slice(None), text_features=None, only=None):
         """image_features (B, D) -> gate logits (B, G), weights (B, G), text features (G, C, D) of
@@ -220,30 +223,29 @@ class MoCoOp(nn.Module):
         """
         gate_logits, weights = self.router(image_features)
         if text_features is None:
-            read = weights.any(dim=0) if only == "selected" else None  # (G,)
-            text_features = self.text_features(image_features, read)
+            if only == "selected":
+                only = weights.any(dim=0).nonzero().flatten().tolist()
+            text_features = self.text_features(image_features, only)
         logits = mixed_logits(
             image_features, text_features[..., classes, :], weights, self.logit_scale
         )
         return gate_logits, weights, text_features, logits
 
     def text_features(self, image_features=None, only=None, shift=None):
-        """t[g, c] of the classes that `prompts.set_classes` was given last: (G, C, D).
+        """t[g, c] of the classes that `set_classes` was given last: (G, C, D).
 
         image_features: only for `ConditionalMoCoOp`. only, shift: see `SoftPrompts`.
         """
         device = self.clip_model.logit_scale.device
-        with processes.mixed_precision(device, enabled=self.training):
-            return self.prompts.text_features(
-                self.clip_model, self.text_bias, shift, only, self.chunk
-            )
+        dtype = processes.mixed_dtype(device) if self.training else torch.float32
+        return self.prompts.text_features(self.clip_model, self.text_bias, shift, only, dtype)
 
     @torch.no_grad()
     def logits(self, class_names, image_features):
         """Class logits (N, C) and prompt weights (N, G) of images (N, D), for any classes: yields
         both for some images at a time."""
         self.eval()
-        self.prompts.set_classes(self.clip_model, class_names)
+        self.set_classes(class_names)
         text_features = self.text_features()  # once for all images
         n_at_once = max(1, 2**20 // (len(self.templates) * len(class_names)))  # bounds (B, G, C)
         for f in image_features.split(min(self.images_at_once, n_at_once)):
@@ -315,22 +317,29 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
     epoch with what is needed to go on; state: one of these, to go on from there.
     """
     prototypes = hard_prototypes(hard_features, groups)  # (G, C, D)
-    # The text loss compares soft prompt prompt_of[i] with text_targets[i]: one pair per group, or,
-    # as LASP, one per template.
-    text_targets, prompt_of = prototypes, list(range(len(groups)))
+    # The text loss compares each soft prompt with its prototype or, as LASP, with each template of
+    # its group: soft prompt prompt_of[i] with text_targets[i].
+    text_targets, prompt_of = prototypes, None
     if config["text_target"] == "templates":
         text_targets = hard_features
-        prompt_of = [g for g, group in enumerate(groups) for _ in group]
+        owners = [g for g, group in enumerate(groups) for _ in group]
+        prompt_of = torch.tensor(owners, device=labels.device)
     guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
-    # Without the text loss nobody reads the prompts that no image of the batch selected.
-    only = None if config["text_weight"] else "selected"
+    # Without the text loss nobody reads the prompts that no image of the batch selected. (A GPU
+    # would have to wait until it is known which those are.)
+    only = None if config["text_weight"] or labels.is_cuda else "selected"
 
     torch.manual_seed(config["seed"])  # for whatever draws in training
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
-        model.parameter_groups(), lr=config["lr"], momentum=0.9, weight_decay=5e-4
+        model.parameter_groups(),
+        lr=config["lr"],
+        momentum=0.9,
+        weight_decay=5e-4,
+        fused=labels.is_cuda,
     )
-    needs_scaling = labels.is_cuda and processes.mixed_dtype() is torch.float16  # bf16 does not
+    # bf16 has the range of fp32, fp16 has not.
+    needs_scaling = processes.mixed_dtype(labels.device) is torch.float16
     scaler = torch.amp.GradScaler(enabled=needs_scaling)
     n = len(labels)
     n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
@@ -344,8 +353,8 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(load_features.n_views, (n,), generator=order_rng)
         batches = order.split(config["batch_size"])[:n_batches]
-        for batch, f in zip(batches, load_features(batches, views, epoch)):
-            y = labels[batch]  # f: (B, D), y: (B,)
+        own_labels = labels[order.to(labels.device)].split(config["batch_size"])
+        for f, y in zip(load_features(batches, views, epoch), own_labels):  # (B, D), (B,)
             gate_logits, weights, text_features, logits = model(f, seen, only=only)
 
             losses = {"image": (1.0, image_loss(logits, y))}  # name: (weight, value)
@@ -353,7 +362,9 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
                 target = gate_target(f, prototypes[:, seen], y, model.router.top_k)
                 losses["gate"] = config["gate_weight"], gate_loss(gate_logits, target)
             if config["text_weight"]:
-                soft = text_features[..., prompt_of, :, :]
+                soft = text_features
+                if prompt_of is not None:
+                    soft = soft.index_select(-3, prompt_of)
                 value = text_loss(soft, text_targets, config["text_scale"])
                 losses["text"] = config["text_weight"], value
             total = sum(weight * value for weight, value in losses.values())
@@ -405,7 +416,7 @@ def train_here(config, groups, folder, resume, device):
     model = None
     if config["classifier"] == "prompts":
         model = make_model(clip_model, groups, config)
-        model.prompts.set_classes(clip_model, names)
+        model.set_classes(names)
     made_of = runs.check_made_of(folder, state, [groups, fingerprint, names, split.train])
     runs.announce(config, split, model, bool(row_of(split.dataset).templates))
 

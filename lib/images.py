@@ -16,16 +16,16 @@ from importlib.metadata import version
 import numpy as np
 import PIL
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import cache, processes
 from lib.clip_model import MEAN, STD
 from lib.errors import BadInput
+from lib.image_encoder import encode_images
 from lib.readers import upright_rgb
 
-ENCODING = 1  # part of every cache key: raise it with any change to the numbers below
+ENCODING = 2  # part of every cache key: raise it with any change to the numbers below
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; what is encoded is safe on disk at least this often
 
@@ -188,14 +188,14 @@ def _encode(clip_model, wanted, bar):
     """
     device = clip_model.logit_scale.device
     size, n = clip_model.visual.input_resolution, BATCH[device.type]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     rows = []
     for batch, loaded in _one_ahead(lambda *item: load_image(*item, size), batches):
         images = as_clip_reads(loaded, device)
         padded = images.new_zeros(n, *images.shape[1:])
         padded[: len(images)] = images
-        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
-            features = clip_model.encode_image(padded)[: len(images)].float()
+        features = encode_images(clip_model, padded, dtype)[: len(images)]
         finite = features.isfinite().all(dim=1)
         if not finite.all():
             split, path, _ = batch[finite.int().argmin()]
@@ -217,22 +217,13 @@ def photo_features(clip_model, images):
         raise BadInput("there is no image to look at")
     with torch.no_grad():
         features = [
-            clip_model.encode_image(as_clip_reads(loaded, device)).float()
+            encode_images(clip_model, as_clip_reads(loaded, device), torch.float32)
             for _, loaded in _one_ahead(preprocess, batches)
         ]
     return F.normalize(torch.cat(features), dim=-1)
 
 
 # ----------------------------------------------------------------------------- while training
-
-
-def image_layer_norms(clip_model):
-    """The LayerNorms of the image encoder's blocks, unfrozen. Raises BadInput for a ResNet."""
-    if not hasattr(clip_model.visual, "transformer"):
-        raise BadInput("--tune-visual-ln needs a CLIP with a ViT: this one has none")
-    blocks = clip_model.visual.transformer.resblocks
-    norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)]
-    return nn.ModuleList(norms).requires_grad_(True)
 
 
 def training_features(clip_model, fingerprint, split, n_views, live):
@@ -259,8 +250,10 @@ class StoredFeatures:
         self.n_views = self.features.shape[1]
 
     def __call__(self, batches, views, epoch):
-        for batch in batches:
-            yield self.features[batch, views[batch]]
+        # One trip to the device in each epoch: a GPU waits for none of its batches.
+        order, device = torch.cat(batches), self.features.device
+        features = self.features[order.to(device), views[order].to(device)]
+        yield from features.split([len(batch) for batch in batches])
 
 
 class LiveFeatures:
@@ -295,6 +288,5 @@ class LiveFeatures:
             for image in images:
                 if isinstance(image, BadInput):
                     raise image
-            with processes.mixed_precision(device):
-                features = self.clip_model.encode_image(as_clip_reads(images, device))
-            yield F.normalize(features.float(), dim=-1)
+            pixels, dtype = as_clip_reads(images, device), processes.mixed_dtype(device)
+            yield F.normalize(encode_images(self.clip_model, pixels, dtype), dim=-1)

@@ -48,15 +48,12 @@ def n_threads():
     return max(1, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def mixed_precision(device, enabled=True):
-    """The autocast context in which the frozen encoders run: bf16 on a GPU that has it, fp16 on an
-    older one, and no change on a CPU."""
-    on_gpu = device.type == "cuda"
-    return torch.autocast("cuda", mixed_dtype() if on_gpu else None, enabled=enabled and on_gpu)
-
-
-def mixed_dtype():
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def mixed_dtype(device):
+    """What the frozen encoders' products are computed in while training: bf16 on a GPU that has it,
+    fp16 on an older one, fp32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
 
 

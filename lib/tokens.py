@@ -1,5 +1,6 @@
 """CLIP's tokenizer, and which words and lengths a CLIP can read."""
 
+import functools
 import re
 
 from lib.errors import BadInput
@@ -7,32 +8,63 @@ from lib.errors import BadInput
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
 
 
+@functools.cache
+def _tokenizer():
+    from clip.simple_tokenizer import SimpleTokenizer  # here, as all that brings torchvision along
+
+    return SimpleTokenizer()
+
+
+@functools.cache
 def token_ids(text):
     """CLIP's tokens of a piece of text, without SOS and EOT. Tokens, not words: `close-up` is 3."""
-    import clip  # here, as are all imports of torchvision: --help need not wait a second for it
+    return tuple(_tokenizer().encode(text))
 
-    row = clip.tokenize(text, context_length=512, truncate=True)[0]
-    return row[1 : row.argmax()].tolist()
+
+def fill_in(template, names):
+    """The tokens of a template with each name in the place of its {}: a list of tuples.
+
+    Names and the template's halves are read once each where that gives the same tokens: "{}." with
+    "star", but not with "U.S." or "crane (bird)", whose last sign joins the full stop.
+    """
+    before, after = template.split("{}")
+    return [
+        token_ids(before) + token_ids(name) + token_ids(after)
+        if _apart(before, name) and _apart(name, after)
+        else token_ids(before + name + after)
+        for name in names
+    ]
+
+
+def _apart(left, right):
+    """Whether CLIP's tokenizer reads two texts, one after the other, as it reads each alone.
+
+    It looks for runs of letters, single digits, runs of signs, and 's, 't, ... by themselves. It
+    repairs what is not plain ASCII, and decodes what begins with & or <: these stay whole.
+    """
+    text = left + right
+    if not text.isascii() or not text.isprintable() or "&" in text or "<" in text:
+        return False
+    runs_on = r"[a-z]{2} | '[a-z] | [^a-z0-9\s]{2}"
+    return not re.fullmatch(runs_on, left[-1:] + right[:1], re.IGNORECASE | re.VERBOSE)
 
 
 def words_of(ids):
     """The words, or pieces of words, that tokens stand for."""
-    from clip.simple_tokenizer import SimpleTokenizer
-
-    decoder = SimpleTokenizer().decoder
-    return [decoder[i].replace("</w>", "") for i in ids]
+    return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
 
 
 def known_tokens(clip_model):
-    """Which tokens have an embedding: (vocabulary,) bool. All but in the bundled CLIP."""
-    return ~clip_model.token_embedding.weight.isnan().any(dim=1)
+    """The tokens that have an embedding, a set. All of them but in the bundled CLIP."""
+    known = ~clip_model.token_embedding.weight.isnan().any(dim=1)
+    return set(known.nonzero().flatten().tolist())
 
 
 def check_words(known, ids, text):
     """Raises BadInput, naming the word, if a token of `text` has no embedding."""
-    if not known[ids].all():
+    if not known.issuperset(ids):
         words = re.findall(r"[\w'-]+|\S", text)
-        unknown = next((w for w in words if not known[token_ids(w)].all()), text)
+        unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
         raise BadInput(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
 
 

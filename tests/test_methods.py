@@ -189,9 +189,9 @@ def test_cocoop_with_its_network_at_zero_is_coop(random_clip):
 
 def test_cocoop_adds_its_shift_to_every_context_vector_of_an_image(random_clip):
     prompts = SoftPrompts(random_clip, ["a photo of a {}.", "{} texture."])
-    prompts.set_classes(random_clip, NAMES)
+    prompts.set_classes(random_clip, NAMES, chunk=5)
     shift = 0.1 * unit(2, 64)
-    ours = prompts.text_features(random_clip, shift=shift, chunk=5)
+    ours = prompts.text_features(random_clip, shift=shift)
     starts = [
         [v.detach().clone() for v in c] for c in (prompts.context_before, prompts.context_after)
     ]

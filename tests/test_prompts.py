@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from conftest import HERE
 
 import prompts
-from lib import encoder, templates
+from lib import templates
 from lib.catalogue import template_groups
-from lib.encoder import encode_text
 from lib.errors import BadInput
 from prompts import SoftPrompts, hard_prototypes, template_features
+from tools.steps import encode_text
 
 NAMES = ["cat", "Annual Crop Land", "long-sleeved t-shirt"]
 
@@ -110,14 +110,6 @@ def test_nothing_after_eot_reaches_the_text_features(random_clip):
     for row, end in enumerate(eot.tolist()):
         embeddings[row, end + 1 :] = 100 * torch.randn(19 - end, 64)
     assert torch.equal(encode_text(random_clip, embeddings, eot), expected)
-
-
-def test_the_text_encoder_computes_nothing_after_the_last_eot(random_clip, monkeypatch):
-    seen = []
-    block = encoder._block
-    monkeypatch.setattr(encoder, "_block", lambda b, x: seen.append(x.shape[1]) or block(b, x))
-    encode_text(random_clip, torch.randn(2, 77, 64), torch.tensor([4, 12]))
-    assert seen == [13, 13]  # both layers
 
 
 def test_the_text_bias_is_added_before_normalising(random_clip):

@@ -25,11 +25,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import processes
-from lib.encoder import CHUNK
 from lib.errors import exit_on_bad_input
 from lib.flags import Parser, number
 from lib.pictures import save_figure
 from lib.tables import markdown
+from lib.text_encoder import CHUNK
 from tools.steps import BATCH, Setting, clips_own
 
 # ------------------------------------------------------------------------------------ measuring
@@ -129,7 +129,7 @@ def time_steps(size, n):
     """Prints the median seconds of n steps. Runs under torchrun, too."""
     processes.join(torch.device("cpu"))
     setting = Setting(size, torch.device("cpu"))
-    step = setting.ways()["shared beginnings"][0]
+    step = setting.step
     step()
     print(json.dumps(statistics.median(seconds(step) for _ in range(n))))
     processes.leave()
@@ -171,13 +171,6 @@ def steps_table(size, repeats, device):
     columns = "a step", "ms", "faster", "text tokens", "GFLOP", "of plain rate", "adds MB"
     print(f"\n{size}: {' x '.join(map(str, setting.model.prompts.sentences.shape))} sentences\n")
     print(markdown([columns, *rows]))
-    plain, shared = result["attention in one kernel"], result["shared beginnings"]
-    saved = plain["tokens"] / shared["tokens"]
-    real = (setting.model.prompts.sentences.rows.sentence > -2).sum().item()
-    print(
-        f"\nshared beginnings: {plain['seconds'] / shared['seconds']:.2f} x faster with"
-        f" {saved:.2f} x fewer tokens; {real / shared['tokens']:.0%} of the places in rows are used"
-    )
     return result
 
 
@@ -197,7 +190,7 @@ def processes_table(repeats):
 def imagenet_table(device):
     """One step of 20 prompts x 1,000 classes, in a fresh process."""
     result = in_fresh_process(
-        f"memory('imagenet', 'shared beginnings', {device.type!r}, n_classes=1000)"
+        f"memory('imagenet', 'QuickGELU as silu', {device.type!r}, n_classes=1000)"
     )
     epoch = result["seconds"] * 16 * 1000 / BATCH
     print("\nimagenet: 20 x 1000 sentences, batch of 32, in chunks\n")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from lib.catalogue import template_groups
 from lib.clip_model import MEAN, STD, TINY_CLIP
-from lib.encoder import encode_text
 from lib.files import replacing
 from lib.world import CLASSES, COLOURS, DATASETS, SHAPES, SIZE, STYLES, draw
+from tools.steps import encode_text
 
 SEED = 0
 IMAGES_PER_STYLE = 100  # per class: 128,000 images in all

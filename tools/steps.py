@@ -4,6 +4,7 @@ CLIP is a ViT-B/16 of random weights, except for `shapes`: speed does not depend
 names of `ucf101` and `imagenet` are made up, as long as UCF101's real ones.
 """
 
+import contextlib
 import random
 from functools import partial
 
@@ -15,7 +16,8 @@ from clip.model import CLIP
 from lib import processes, world
 from lib.catalogue import template_groups
 from lib.clip_model import load_clip
-from lib.encoder import CHUNK, encode_text
+from lib.packing import Piece
+from lib.transformer import Block, blocks_of
 from losses import gate_loss, image_loss, text_loss
 from router import gate_target
 from train import FLAGS, MoCoOp, flags
@@ -37,21 +39,18 @@ def class_names(size, n_classes):
     return [" ".join(rng.choices(words, k=rng.choice(NAME_LENGTHS))) for _ in range(n_classes)]
 
 
-def one_sentence_a_row(prompts, length):
-    """The sentences of soft prompts, each in a row of its own: indices into the table of
-    frozen and learned vectors (N, length), EOT (N,)."""
-    sentences = prompts.sentences
-    rows, n = sentences.rows, sentences.shape[0] * sentences.shape[1]
+def one_sentence_a_row(sentences, length):
+    """Sentences, each in a row of its own: indices into the table of frozen and learned vectors
+    (N, length), EOT (N,)."""
+    n = sentences.shape[0] * sentences.shape[1]
     index, eot = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    for token, position, sentence in zip(
-        rows.token.cpu(), rows.position.cpu(), rows.sentence.cpu()
-    ):
-        common = sentence == -1
-        for s in sentence[sentence >= 0].unique():
-            own = sentence == s
-            index[s, position[common]], index[s, position[own]] = token[common], token[own]
-            eot[s] = position[own].max()
-    return index.to(rows.token.device), eot.to(rows.token.device)
+    for piece in sentences.all:
+        row_length = piece.rows.shape[1]
+        for sentence, end in zip(piece.sentence.tolist(), piece.ends.tolist()):
+            row, i = divmod(piece.first[end].item(), row_length)
+            tokens = piece.token[piece.rows[row, piece.sees[row, 0, i] == 0]]
+            index[sentence, : len(tokens)], eot[sentence] = tokens.cpu(), len(tokens) - 1
+    return index.to(sentences.frozen.device), eot.to(sentences.frozen.device)
 
 
 def clips_own(clip_model, embeddings, eot):
@@ -62,6 +61,57 @@ def clips_own(clip_model, embeddings, eot):
     x = embeddings + clip_model.positional_embedding[:length]
     x = clip_model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
     return clip_model.ln_final(x)[torch.arange(len(x)), eot] @ clip_model.text_projection
+
+
+def encode_text(clip_model, embeddings, eot):
+    """CLIP's text encoder on one sentence per row, from token embeddings to features.
+
+    It is causal and its output is read at one position, EOT. So nothing after the last EOT of the
+    batch can change the result, and those positions are not computed. Nothing in it is frozen.
+
+    clip_model: a `clip.model.CLIP`. embeddings: (N, L, W), L at most the model's context length.
+    eot: (N,) position of EOT in each row. Returns (N, D), not normalised.
+    """
+    length = int(eot.max()) + 1
+    x = embeddings[:, :length] + clip_model.positional_embedding[:length]
+    for block in clip_model.transformer.resblocks:
+        attention = block.attn
+        n_rows, length, width = x.shape
+        qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.view(n_rows, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attention.out_proj(mixed.transpose(1, 2).reshape(n_rows, length, width))
+        x = x + block.mlp(block.ln_2(x))
+    x = x[torch.arange(len(x), device=x.device), eot]  # (N, W)
+    return clip_model.ln_final(x) @ clip_model.text_projection
+
+
+def whole_rows(piece):
+    """A piece that computes each place of its rows, also what stands in several, or nowhere."""
+    every = torch.arange(piece.rows.numel(), device=piece.rows.device)
+    return Piece(
+        token=piece.token[piece.rows].flatten(),
+        position=piece.position[piece.rows].flatten(),
+        rows=every.view(piece.rows.shape),
+        sees=piece.sees,
+        first=every,
+        ends=piece.first[piece.ends],
+        sentence=piece.sentence,
+    )
+
+
+@contextlib.contextmanager
+def clips_gelu(clip_model, dtype):
+    """Inside, the text encoder's blocks compute QuickGELU as clip does."""
+    ready = blocks_of(clip_model.transformer, dtype)
+    kept = ready[:]
+    ready[:] = [Block(block, dtype, factor=1.0) for block in clip_model.transformer.resblocks]
+    for block in ready:
+        block.activation = clip.model.QuickGELU()
+    try:
+        yield
+    finally:
+        ready[:] = kept
 
 
 class Setting:
@@ -76,14 +126,17 @@ class Setting:
         else:
             self.clip_model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).float()
             self.clip_model = self.clip_model.requires_grad_(False).eval().to(device)
-        self.device, self.config = device, {"chunk": CHUNK} | flags.method_defaults(FLAGS)
+        self.dtype = processes.mixed_dtype(device)
+        self.device, self.config = device, {"chunk": None} | flags.method_defaults(FLAGS)
         groups = template_groups(size) if groups is None else groups
         names = class_names(size, n_classes)
         self.model = MoCoOp(self.clip_model, groups, self.config).to(device)
-        self.model.prompts.set_classes(self.clip_model, names)
+        self.model.set_classes(names)
         length = self.clip_model.context_length
-        self.index, self.eot = one_sentence_a_row(self.model.prompts, length)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.index, self.eot = one_sentence_a_row(self.model.prompts.sentences, length)
+        self.optimiser = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, fused=device.type == "cuda"
+        )
         width, pixels = (
             self.clip_model.text_projection.shape[1],
             self.clip_model.visual.input_resolution,
@@ -94,11 +147,15 @@ class Setting:
         shape = len(groups), len(names), width
         self.prototypes = F.normalize(torch.randn(shape, device=device), dim=-1)
 
+    def autocast(self):
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
     def one_a_row(self, encode, length):
         """Text features the plain way, by an encoder of one sentence per row: (G, C, D)."""
         sentences = self.model.prompts.sentences
         table = torch.cat([sentences.frozen, self.model.prompts.context()])
-        with processes.mixed_precision(self.device):
+        with self.autocast():
             embeddings = F.embedding(self.index[:, :length], table)
             features = encode(self.clip_model, embeddings, self.eot).float()
         return F.normalize(features, dim=-1).view(*sentences.shape, -1)
@@ -108,7 +165,7 @@ class Setting:
         live: encodes the images, too."""
         f = self.image_features
         if live:
-            with processes.mixed_precision(self.device):
+            with self.autocast():
                 f = F.normalize(self.clip_model.encode_image(self.images).float(), dim=-1)
         gate_logits, _, t, logits = self.model(f, text_features=text() if text else None)
         total = image_loss(logits, self.labels)
@@ -121,20 +178,34 @@ class Setting:
         total.backward()
         self.optimiser.step()
 
+    def before(self, layout):
+        """A step of ours with clip's own QuickGELU. layout: of a piece, how to lay it out."""
+        sentences = self.model.prompts.sentences
+        pieces = sentences.all
+        sentences.all = [layout(piece) for piece in pieces]
+        with clips_gelu(self.clip_model, self.dtype):
+            self.step()
+        sentences.all = pieces
+
     def ways(self):
         """{name: (step, tokens that the text encoder computes)}, each with one more idea."""
-        to_eot = int(self.eot.max()) + 1
-        n, rows = len(self.eot), self.model.prompts.sentences.rows.token
+        to_eot, whole = int(self.eot.max()) + 1, self.clip_model.context_length
+        n, pieces = len(self.eot), self.model.prompts.sentences.all
+        places = sum(len(piece.token) for piece in pieces)
 
         def plain(encode, length, **options):
-            return partial(
-                self.step, partial(self.one_a_row, encode, length), **options
-            ), n * length
+            text = partial(self.one_a_row, encode, length)
+            return partial(self.step, text, **options), n * length
 
         return {
-            "straightforward": plain(clips_own, self.clip_model.context_length, live=True),
-            "images encoded once": plain(clips_own, self.clip_model.context_length),
+            "straightforward": plain(clips_own, whole, live=True),
+            "images encoded once": plain(clips_own, whole),
             "stop at EOT": plain(clips_own, to_eot),
             "attention in one kernel": plain(encode_text, to_eot),
-            "shared beginnings": (self.step, rows.numel()),
+            "shared beginnings": (
+                partial(self.before, whole_rows),
+                sum(piece.rows.numel() for piece in pieces),
+            ),
+            "each place once": (partial(self.before, lambda piece: piece), places),
+            "QuickGELU as silu": (self.step, places),
         }
