@@ -88,7 +88,11 @@ FLAGS = {
     "machine": {
         "data": ("data", str, "the root of all datasets"),
         "device": (None, str, "cpu, cuda, cuda:1, ... (default: cuda if there is one)"),
-        "chunk": (None, number(int, 1), "prompts x classes encoded at a time: bounds memory"),
+        "chunk": (
+            None,
+            number(int, 1),
+            "prompts x classes encoded at a time (default: what memory allows)",
+        ),
         "out": (None, str, "the run's folder (default: out/<dataset>/<run>)"),
         "resume": (False, bool, "go on where this run was stopped"),
     },
@@ -326,8 +330,9 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
         prompt_of = torch.tensor(owners, device=labels.device)
     guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
     # Without the text loss nobody reads the prompts that no image of the batch selected. (A GPU
-    # would have to wait until it is known which those are.)
-    only = None if config["text_weight"] or labels.is_cuda else "selected"
+    # would have to wait to be told which those are.)
+    on_cpu = labels.device.type == "cpu"
+    only = "selected" if on_cpu and not config["text_weight"] else None
 
     torch.manual_seed(config["seed"])  # for whatever draws in training
     order_rng = torch.Generator().manual_seed(config["seed"])

@@ -76,6 +76,8 @@ class Sentences:
         pieces, sets, n_sentences = self.all, (), self.shape[0] * self.shape[1]
         if only is not None:
             pieces = in_batches([piece for g in only for piece in self.pieces[g]], self.chunk)
+        if vectors is not None:
+            vectors = processes.sum_gradients(vectors)
         if vectors is None:
             table = self.frozen
         elif vectors.dim() == 2:
@@ -103,7 +105,6 @@ def encode_pieces(clip_model, table, pieces, n_sentences, dtype):
     table: (tokens, W), the embeddings that `piece.token` points into. Sentences that are in no
     piece get zeros.
     """
-    table = processes.sum_gradients(table)
     features = table.new_zeros(n_sentences, clip_model.text_projection.shape[1])
     if not pieces:  # a process without any takes part in the backward pass
         features = features + table[:0].sum()

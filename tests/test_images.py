@@ -199,14 +199,14 @@ def test_what_was_encoded_before_a_crash_is_kept(eurosat, random_clip, capsys, m
     split = load_split("eurosat", eurosat)
     calls = []
 
-    def encode_and_crash(clip_model, batch):
+    def encode_and_crash(clip_model, batch, dtype):
         calls.append(len(batch))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return clip_model.visual(batch)
 
     monkeypatch.setitem(images.BATCH, "cpu", 8)
-    monkeypatch.setattr(type(random_clip), "encode_image", encode_and_crash)
+    monkeypatch.setattr(images, "encode_images", encode_and_crash)
     with pytest.raises(KeyboardInterrupt):
         encode(random_clip, split, split.test, capsys)
     calls += [0] * 3  # no more crashes
@@ -342,12 +342,12 @@ def test_features_that_are_not_finite_stop_the_run_and_are_never_cached(
 ):
     split = load_split("eurosat", eurosat)
 
-    def damaged(clip_model, batch):
+    def damaged(clip_model, batch, dtype):
         features = clip_model.visual(batch)
         features[5, 0] = torch.nan
         return features
 
-    monkeypatch.setattr(type(random_clip), "encode_image", damaged)
+    monkeypatch.setattr(images, "encode_images", damaged)
     with pytest.raises(BadInput, match=f"{split.test[5].path} are not finite numbers"):
         image_features(random_clip, "x", split, split.test)
     assert not list(cache.CACHE.rglob("*.npz"))

@@ -195,3 +195,28 @@ def test_what_is_trained_is_what_requires_gradients(random_clip):
     trained = {names[id(p)] for p in part["params"]}
     assert "text_bias" in trained and not any("gate" in name for name in trained)
     assert part["factor"] == 1.0 and math.isclose(len(trained), 7)
+
+
+@pytest.mark.parametrize("flags", ["", "--text-weight 0", "--method lasp", "--conditional"])
+def test_an_epoch_needs_no_number_from_the_device(model, random_clip, monkeypatch, flags):
+    """On the meta device tensors have shapes and no values. So whatever makes a GPU wait for a
+    value, such as `item`, `nonzero` or a mask as an index, fails there."""
+    config = config_of("--epochs", 1, "--batch-size", 4, *flags.split())
+    groups = [[t for group in GROUPS for t in group]] if config["one_group"] else GROUPS
+    model = train.make_model(random_clip, groups, config)
+    model.set_classes(NAMES)
+    hard = template_features(random_clip, [t for group in groups for t in group], NAMES)
+    sentences = model.prompts.sentences
+    for part in (sentences, *sentences.all):
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value.to("meta"))
+    model.__dict__["clip_model"] = copy.deepcopy(random_clip).to("meta")
+    monkeypatch.setattr(Progress, "end_epoch", lambda self, lr: None)  # may wait: once an epoch
+    labels = torch.zeros(12, dtype=torch.long, device="meta")
+    monkeypatch.setattr(train.processes, "mixed_dtype", lambda device: torch.bfloat16)
+    train.fit(
+        model.to("meta"), config, groups, hard.to("meta"), slice(None),
+        StoredFeatures(torch.zeros(12, 2, 64, device="meta")), labels, save=None,
+    )  # fmt: skip
+    assert all(p.grad is not None for p in model.prompts.parameters() if p.numel())
