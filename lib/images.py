@@ -99,9 +99,12 @@ def _threads():
     return ThreadPoolExecutor(processes.n_threads())
 
 
-def _one_ahead(load, batches):
+def _one_ahead(load, batches, drawn=False):
     """Yields (a batch, what `load(*item)` gives for its items, a list), while threads load the next
-    batch."""
+    batch. drawn: images are not loaded but drawn, by Python alone, which threads only delay."""
+    if drawn:
+        yield from ((batch, [load(*item) for item in batch]) for batch in batches)
+        return
     ahead = []
     try:
         for batch in [*batches, None]:
@@ -191,7 +194,8 @@ def _encode(clip_model, wanted, bar):
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
     rows = []
-    for batch, loaded in _one_ahead(lambda *item: load_image(*item, size), batches):
+    drawn = bool(wanted) and wanted[0][0].folder is None
+    for batch, loaded in _one_ahead(lambda *item: load_image(*item, size), batches, drawn):
         images = as_clip_reads(loaded, device)
         padded = images.new_zeros(n, *images.shape[1:])
         padded[: len(images)] = images

@@ -40,10 +40,15 @@ def test_each_way_computes_fewer_tokens(setting):
 def test_operations_are_counted_by_shape():
     linear = torch.nn.Linear(5, 7)
     x = torch.randn(3, 5, requires_grad=True)
-    with bench.Products() as products:
+    with bench.Operations() as counted:
         linear(x).sum().backward()
     # forward; gradients of x and of the weight
-    assert products.shapes == {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
+    shapes = {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
+    assert counted.products == {(*s, torch.float32): n for s, n in shapes.items()}
+    assert counted.flop == 3 * 2 * 3 * 5 * 7
+    with bench.Operations() as counted:
+        ((x.T + 1) * 2).reshape(-1)  # two that compute, the third copies, and views
+    assert counted.launches == 3
 
 
 def test_memory_of_a_step_is_measured(capsys):

@@ -18,6 +18,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,7 +31,10 @@ from lib.flags import Parser, number
 from lib.pictures import save_figure
 from lib.tables import markdown
 from lib.text_encoder import CHUNK
-from tools.steps import BATCH, Setting, clips_own
+from tools.steps import BATCH, VITS, Setting, clips_own, image_ways
+
+LAUNCH = 6e-6  # seconds that a GPU needs at least from one kernel to the next
+RATE = 300e12  # operations per second of half precision products, well below a data-centre GPU's
 
 # ------------------------------------------------------------------------------------ measuring
 
@@ -43,18 +47,32 @@ def seconds(action):
     return time.perf_counter() - start
 
 
-class Products(TorchDispatchMode):
-    """Counts the matrix products of the linear layers by their shapes: {(M, K, N): how many}."""
+class Operations(TorchDispatchMode):
+    """Counts tensor operations by name, and the matrix products of the linear layers by their
+    shapes and type: {(M, K, N, dtype): how many}."""
 
     def __init__(self):
         super().__init__()
-        self.shapes = collections.Counter()
+        self.products, self.names = collections.Counter(), collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             a, b = args[-2:]
-            self.shapes[(*a.shape, b.shape[1])] += 1
+            self.products[(*a.shape, b.shape[1], a.dtype)] += 1
+        self.names[func.overloadpacket.__name__] += not func.is_view
         return func(*args, **(kwargs or {}))
+
+    @property
+    def flop(self):
+        """Multiplications and additions in the linear layers."""
+        return sum(2 * m * k * n * count for (m, k, n, _), count in self.products.items())
+
+    @property
+    def launches(self):
+        """How many of the operations compute something: on a GPU each of these is a kernel to be
+        launched, some are two."""
+        free = "empty", "empty_like", "_unsafe_view", "empty_strided", "new_empty"
+        return sum(count for name, count in self.names.items() if name not in free)
 
 
 def compare(ways, repeats, device):
@@ -63,13 +81,14 @@ def compare(ways, repeats, device):
     operations: multiplications and additions in the linear layers. plain_seconds: what the same
     matrix products take alone.
     """
-    products, times = {}, collections.defaultdict(list)
+    counted, times = {}, collections.defaultdict(list)
     for name, (step, _) in ways.items():
-        with Products() as products[name]:
+        with Operations() as counted[name]:
             step()
     pairs = {}
-    for m, k, n in set().union(*(p.shapes for p in products.values())):
-        pairs[m, k, n] = torch.randn(m, k, device=device), torch.randn(n, k, device=device).T
+    for m, k, n, dtype in set().union(*(c.products for c in counted.values())):
+        make = partial(torch.randn, device=device, dtype=dtype)
+        pairs[m, k, n, dtype] = make(m, k), make(n, k).T
     for _ in range(repeats):
         for name, (step, _) in ways.items():
             times[name].append(seconds(step))
@@ -79,10 +98,10 @@ def compare(ways, repeats, device):
     return {
         name: {
             "seconds": median[name],
-            "operations": sum(2 * m * k * n * c for (m, k, n), c in p.shapes.items()),
-            "plain_seconds": sum(median[shape] * c for shape, c in p.shapes.items()),
+            "operations": c.flop,
+            "plain_seconds": sum(median[shape] * n for shape, n in c.products.items()),
         }
-        for name, p in products.items()
+        for name, c in counted.items()
     }
 
 
@@ -199,6 +218,79 @@ def imagenet_table(device):
     return result
 
 
+# What the operations of a step are, by their names.
+PARTS = {
+    "matrix products": ("addmm", "mm"),
+    "attention": ("scaled_dot_product", "bmm", "softmax"),
+    "QuickGELU": ("silu",),
+    "LayerNorm": ("layer_norm",),
+    "moving places to rows and back": ("index", "scatter", "gather"),
+    "copies and zeros": ("copy_", "fill_", "cat", "zero_"),
+    "residuals": ("add",),
+}
+
+
+def parts_table(size, repeats, device):
+    """Where the time of our step goes, operation by operation: {part: seconds per step}."""
+    step = Setting(size, device).step
+    step()
+    with torch.profiler.profile() as profiler:
+        took = statistics.median(seconds(step) for _ in range(repeats))
+    parts = dict.fromkeys([*PARTS, "all else"], 0.0)
+    for event in profiler.key_averages():
+        on_gpu = event.self_device_time_total if device.type == "cuda" else 0
+        own = (on_gpu or event.self_cpu_time_total) / 1e6 / repeats
+        name = event.key.removeprefix("aten::")
+        whose = (p for p, starts in PARTS.items() if name.lstrip("_").startswith(starts))
+        parts[next(whose, "all else")] += own
+    print(f"\n{size}: where {1000 * took:,.0f} ms go (with the profiler's own part)\n")
+    rows = [
+        (part, f"{1000 * t:,.1f}", f"{t / sum(parts.values()):.0%}") for part, t in parts.items()
+    ]
+    print(markdown([("part of a step", "ms", "share"), *rows]))
+    return parts
+
+
+def images_table(repeats, device):
+    """Ways to encode the same images, for the three ViTs of CLIP: {model: {way: seconds}}."""
+    result, rows = {}, []
+    for name, (width, layers, patch, n) in VITS.items():
+        ways = image_ways(width, layers, patch, n, device)
+        times = {way: [] for way in ways}
+        for _ in range(repeats + 1):  # the first does not count
+            for way, encode in ways.items():
+                times[way].append(seconds(encode) / n)
+        result[name] = {way: statistics.median(t[1:]) for way, t in times.items()}
+        first, *_ = result[name].values()
+        rows += [
+            (name, way, f"{1000 * t:,.1f}", f"{first / t:.2f} x") for way, t in result[name].items()
+        ]
+    print("\nimages\n")
+    print(markdown([("CLIP", "encoding", "ms per image", "faster"), *rows]))
+    return result
+
+
+def launches_table():
+    """How many operations a step asks a GPU for, counted here, and what that makes of its time."""
+    rows, result = [], {}
+    for size, n_classes in (("eurosat", 10), ("imagenet", 1000)):
+        # In one piece their number does not depend on the classes: ten do, and products in
+        # proportion.
+        few, all_ = (Setting(size, torch.device("cpu"), n_classes=c) for c in (10, n_classes))
+        with (
+            mock.patch.object(processes, "mixed_dtype", lambda device: torch.bfloat16),
+            Operations() as counted,
+        ):
+            few.step()
+        n, flop = counted.launches, counted.flop * all_.places() / few.places()
+        took = n * LAUNCH + flop / RATE
+        result[size] = {"launches": n, "flop": flop, "estimated_seconds": took}
+        rows.append([size, f"{n:,}", f"{flop / 1e12:.2f}", f"{1000 * took:,.0f}"])
+    print(f"\nlaunches, with {1e6 * LAUNCH:.0f} us for each and {RATE / 1e12:.0f} TFLOP/s\n")
+    print(markdown([("a step", "launches", "TFLOP", "ms, estimated"), *rows]))
+    return result
+
+
 def growth(repeats, device, picture):
     """The time of a step against the number of classes and of prompts, and its picture."""
     sizes = [(1, c) for c in (10, 30, 100, 300, 1000)] + [(g, 100) for g in (2, 5, 10, 20)]
@@ -246,7 +338,8 @@ def draw_cost(rows, path):
 
 def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
-    tables = "shapes", "eurosat", "ucf101", "processes", "imagenet", "growth"
+    sizes = "shapes", "eurosat", "ucf101"
+    tables = *sizes, "parts", "images", "launches", "processes", "imagenet", "growth"
     parser.add_argument("tables", nargs="*", help=f"which (default: all of {', '.join(tables)})")
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="default: 3")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -269,7 +362,13 @@ def run_command_line():
     }
     print(", ".join(f"{key} {value}" for key, value in figures.items()))
     for name in args.tables or tables:
-        if name == "processes":
+        if name == "parts":
+            figures[name] = {s: parts_table(s, args.repeats, device) for s in sizes}
+        elif name == "images":
+            figures[name] = images_table(args.repeats, device)
+        elif name == "launches":
+            figures[name] = launches_table()
+        elif name == "processes":
             figures[name] = processes_table(args.repeats)
         elif name == "imagenet":
             figures[name] = imagenet_table(device)

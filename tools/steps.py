@@ -7,6 +7,7 @@ names of `ucf101` and `imagenet` are made up, as long as UCF101's real ones.
 import contextlib
 import random
 from functools import partial
+from unittest import mock
 
 import clip
 import torch
@@ -16,6 +17,7 @@ from clip.model import CLIP
 from lib import processes, world
 from lib.catalogue import template_groups
 from lib.clip_model import load_clip
+from lib.image_encoder import encode_images
 from lib.packing import Piece
 from lib.transformer import Block, blocks_of
 from losses import gate_loss, image_loss, text_loss
@@ -26,6 +28,13 @@ BATCH = 32
 EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
     Industrial Buildings,Pasture Land,Permanent Crop Land,Residential Buildings,River,Sea or Lake"""
 NAME_LENGTHS = [1] * 18 + [2] * 58 + [3] * 23 + [4, 5]  # tokens; UCF101's 101 names
+
+
+VITS = {  # width, layers, size of a patch, images at a time
+    "ViT-B/32": (768, 12, 32, 32),
+    "ViT-B/16": (768, 12, 16, 32),
+    "ViT-L/14": (1024, 24, 14, 8),
+}
 
 
 def class_names(size, n_classes):
@@ -114,6 +123,36 @@ def clips_gelu(clip_model, dtype):
         ready[:] = kept
 
 
+def image_ways(width, layers, patch, n, device):
+    """{name: a function that encodes n images of 224 pixels}, by a ViT of random weights."""
+    torch.manual_seed(0)
+    clip_model = CLIP(512, 224, layers, width, patch, 77, 10, 512, 8, 1).float()
+    clip_model.requires_grad_(False).eval().to(device)
+    images, dtype = torch.randn(n, 3, 224, 224, device=device), torch.float32
+    if device.type == "cuda":
+        dtype = torch.float16
+
+    def every_place(block, x):  # in the last layer, too
+        mixed = block.attend(*block.queries_keys_values(x).chunk(3, dim=-1))
+        return block.rest(x, mixed)[:, 0]
+
+    @torch.no_grad()
+    def clips():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            clip_model.encode_image(images)
+
+    @torch.no_grad()
+    def ours(last=Block.first_places):
+        with mock.patch.object(Block, "first_places", last):
+            encode_images(clip_model, images, dtype)
+
+    return {
+        "clip's own": clips,
+        "blocks made ready": partial(ours, every_place),
+        "class token alone in the last": ours,
+    }
+
+
 class Setting:
     """A model, prompts and a batch of one size, to take steps on."""
 
@@ -187,11 +226,14 @@ class Setting:
             self.step()
         sentences.all = pieces
 
+    def places(self):
+        """How many places the text encoder computes in a step."""
+        return sum(len(piece.token) for piece in self.model.prompts.sentences.all)
+
     def ways(self):
         """{name: (step, tokens that the text encoder computes)}, each with one more idea."""
         to_eot, whole = int(self.eot.max()) + 1, self.clip_model.context_length
         n, pieces = len(self.eot), self.model.prompts.sentences.all
-        places = sum(len(piece.token) for piece in pieces)
 
         def plain(encode, length, **options):
             text = partial(self.one_a_row, encode, length)
@@ -206,6 +248,6 @@ class Setting:
                 partial(self.before, whole_rows),
                 sum(piece.rows.numel() for piece in pieces),
             ),
-            "each place once": (partial(self.before, lambda piece: piece), places),
-            "QuickGELU as silu": (self.step, places),
+            "each place once": (partial(self.before, lambda piece: piece), self.places()),
+            "QuickGELU as silu": (self.step, self.places()),
         }
