@@ -187,7 +187,7 @@ def load_split(dataset, root):
     row = DATASETS[dataset]
     folder = Path(root) / row.folder
     if row.layout == "world":
-        return _split(dataset, None, "shapes", world.DOWNSTREAM, world.lists(dataset))
+        return _split(dataset, None, "shapes", world.class_names(dataset), world.lists(dataset))
     if not (folder / row.images).is_dir():
         if not row.archive:
             origin = row.origin or "the images (its row in lib/catalogue.py names no origin)"

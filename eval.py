@@ -35,7 +35,7 @@ from lib.tables import runs_table
 from lib.templates import all_templates
 from lib.tokens import known_tokens, words_of
 from prompts import template_features, untrained_classifiers
-from train import accuracy_on, examine, make_model
+from train import accuracy_on, examine, learns_images, make_model
 
 # ------------------------------------------------------------------------------ one run, anywhere
 
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list, or what `photo_features` gives for one. class_names: of one's own; None for
+        images: a list, or what `photo_features` gives for it. class_names: of one's own; None for
         those of the training. Probabilities are the softmax of the method's logits; a weight
         belongs to the prompt of `model.templates` at its place.
         Raises BadInput if the method cannot answer with these classes.
@@ -68,9 +68,18 @@ class Run(NamedTuple):
             hard_features = template_features(self.clip_model, all_templates(self.groups), names)
             dataset = self.config["dataset"]
             model = untrained_classifiers(self.clip_model, dataset, names, hard_features)[kind]
-        features = images if torch.is_tensor(images) else photo_features(self.clip_model, images)
+        features = images if torch.is_tensor(images) else self.photo_features(images)
         logits, weights = (torch.cat(part) for part in zip(*model.logits(names, features)))
         return names, logits.softmax(dim=-1).cpu(), weights.cpu()
+
+    def photo_features(self, images):
+        """Features (N, D) of PIL images, as the method takes them."""
+        return photo_features(self.clip_model, images, raw=self.takes_raw)
+
+    @property
+    def takes_raw(self):
+        """A linear probe takes features that are not normalised."""
+        return self.config["classifier"] == "linear"
 
 
 def load_run(folder, clip=None, device=None):
@@ -88,7 +97,7 @@ def load_run(folder, clip=None, device=None):
         config, groups = checkpoint["config"], checkpoint["groups"]
         state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
         class_names = checkpoint["class_names"]
-        for flag in ("clip", "classifier", "dataset", "classes", "data", "tune_visual_ln"):
+        for flag in ("clip", "classifier", "dataset", "classes", "data", "image_side"):
             config[flag]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} lacks {error}") from error
@@ -126,7 +135,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
 
     # Zero-shot and ensemble: CLIP as it was, with the target's templates.
     untrained = clip_model
-    if config["tune_visual_ln"]:
+    learned = learns_images(config)
+    if learned:
         untrained, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
     plain = image_features(untrained, fingerprint, split, split.test, what=what)
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
@@ -137,10 +147,9 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     )
 
     features = plain
-    if config["tune_visual_ln"]:
-        features = image_features(
-            clip_model, fingerprint, split, split.test, what=what, cached=False
-        )
+    if learned or run.takes_raw:
+        options = {"cached": not learned, "raw": run.takes_raw}
+        features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
     model = probes.get(config["classifier"], model)  # zeroshot, ensemble: of the target's classes
     changed = its_result["changed_flags"]
     measured, predictions, weights = examine(model, config, changed, split, classes, features)
@@ -225,7 +234,7 @@ def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=N
     photos, features, rows = [], [], []
     for some, images in open_photos(files):
         photos += some
-        features.append(photo_features(run.clip_model, images))
+        features.append(run.photo_features(images))
     if not photos:
         raise BadInput(f"none of {len(files)} images could be read")
     class_names, probabilities, weights = run.classify(torch.cat(features), names)

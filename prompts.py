@@ -48,12 +48,12 @@ def template_features(clip_model, templates, class_names, chunk=None):
     known = known_tokens(clip_model)
     sentences = []  # [template][class]: tokens
     for template in templates:
-        sentence = check_template(template).strip().rstrip(".") + "."
+        template = check_template(template).strip().rstrip(".") + "."
         sentences.append([])
-        for name, ids in zip(class_names, fill_in(sentence, class_names)):
-            text, tokens = sentence.replace("{}", name), [SOS, *ids, EOT]
-            check_length(clip_model, len(tokens), text)
-            check_words(known, tokens, text)
+        for name, ids in zip(class_names, fill_in(template, class_names)):
+            sentence, tokens = template.replace("{}", name), [SOS, *ids, EOT]
+            check_length(clip_model, len(tokens), sentence)
+            check_words(known, tokens, sentence)
             sentences[-1].append(tokens)
     return F.normalize(Sentences(clip_model, sentences, chunk).encode(clip_model), dim=-1)
 
@@ -91,19 +91,20 @@ class SoftPrompts(nn.Module):
          v v     v  v name v v   v    v          v: a context vector, shared by all classes
 
     SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
-    (hard prompts keep theirs). The parameters know nothing of the classes: `set_classes` takes any
-    names, also of classes that training never saw.
+    (hard prompts keep theirs), or stays, frozen, as in CoOp's. The parameters know nothing of the
+    classes: `set_classes` takes any names, also of classes that training never saw.
     """
 
-    def __init__(self, clip_model, templates, init="template"):
+    def __init__(self, clip_model, templates, init="template", full_stop=False):
         """clip_model: a `clip.model.CLIP`. templates: one string per prompt, each with one {}.
         init: what the context starts from: each prompt's own `template`, `random` (16 vectors
-        before the name, as in CoOp), or a template for all of them.
+        before the name, as in CoOp), or a template for all of them. full_stop: whether prompts end
+        with one.
 
         Raises BadInput for a template without {} or with a word that has no embedding.
         """
         super().__init__()
-        self.templates = list(templates)
+        self.templates, self.full_stop = list(templates), full_stop
         self.sentences = None  # of `set_classes`: every prompt with every class name
         known, embeddings = known_tokens(clip_model), clip_model.token_embedding.weight
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
@@ -129,18 +130,24 @@ class SoftPrompts(nn.Module):
         Raises BadInput for a name that makes a prompt too long or has no embedding.
         """
         known = known_tokens(clip_model)
-        names = [token_ids(name) for name in class_names]
-        for text, name in zip(class_names, names):
-            check_words(known, name, text)
+        names = fill_in("{}", class_names)
+        for name, tokens in zip(class_names, names):
+            check_words(known, tokens, name)
+        # A full stop is read with what stands before it: the two of "U.S.." are one token.
+        stop = token_ids(".") if self.full_stop else ()
+        stopped = fill_in("{}.", class_names) if self.full_stop else names
         # A sentence is a list of ids. Below LEARNED: a token of CLIP's vocabulary. LEARNED + i: row
         # i of `context()`. `Sentences.encode` looks both up in one table, so that gradients reach
         # the vectors.
         prompts, ids = [], count(LEARNED)
         for template, *contexts in zip(self.templates, self.context_before, self.context_after):
             before, after = ([next(ids) for _ in vectors] for vectors in contexts)
-            prompts.append([[SOS, *before, *name, *after, EOT] for name in names])
-            for text, sentence in zip(class_names, prompts[-1]):
-                check_length(clip_model, len(sentence), f"the prompt {template!r} with {text!r}")
+            if after:
+                prompts.append([[SOS, *before, *name, *after, *stop, EOT] for name in names])
+            else:
+                prompts.append([[SOS, *before, *name, EOT] for name in stopped])
+            for name, sentence in zip(class_names, prompts[-1]):
+                check_length(clip_model, len(sentence), f"the prompt {template!r} with {name!r}")
         self.sentences = Sentences(clip_model, prompts, chunk)
 
     def context(self):

@@ -33,7 +33,7 @@ from lib.errors import BadInput, exit_on_bad_input
 from lib.files import full_path
 from lib.flags import number
 from lib.grouping import group_templates
-from lib.image_encoder import learnable_layer_norms
+from lib.image_encoder import SIDES, learnable_part
 from lib.images import image_features, training_features
 from lib.probe import fit_probe
 from lib.progress import Progress, nothing_left_if_diverged
@@ -63,9 +63,10 @@ FLAGS = {
         "n_groups": (0, number(int, 0), "of --groups auto; 0: the best silhouette"),
         "one_group": (False, bool, "all templates in one group, so one prompt"),
         "init": ("template", str, "prompts start as their template, random, or as the one given"),
+        "full_stop": (False, bool, "prompts end with one, which is not learned, as CoOp's"),
         "conditional": (False, bool, "shift the context for each image, as CoCoOp"),
         "text_bias": (False, bool, "learn a bias on all text features, as LASP"),
-        "tune_visual_ln": (False, bool, "learn the image encoder's LayerNorms: no cache"),
+        "image_side": ("frozen", SIDES, "what is learned in the image encoder; without a cache"),
     },
     "method: router": {
         "router": ("trained", router.KINDS, "how prompts get their weights"),
@@ -103,6 +104,7 @@ NOT_PART_OF_A_RUN = FLAGS["machine"].keys()  # how it is computed: others may go
 ONE_PROMPT = {
     "one_group": True,
     "init": "a photo of a {}.",
+    "full_stop": True,
     "router": "uniform",
     "gate_weight": 0.0,
 }
@@ -133,8 +135,13 @@ UNREAD = {
     "gate_weight": (lambda c: c["router"] in ("frozen", "uniform"), "a router that is trained"),
     "text_scale": (lambda c: c["text_weight"] == 0, "a --text-weight"),
     "text_target": (lambda c: c["text_weight"] == 0, "a --text-weight"),
-    "views": (lambda c: c["tune_visual_ln"], "stored crops: --tune-visual-ln crops in every epoch"),
+    "views": (lambda c: learns_images(c), "stored crops: --image-side crops in every epoch"),
 }
+
+
+def learns_images(config):
+    """Whether something in the image encoder is learned, so that features cannot be stored."""
+    return config["image_side"] not in (None, "frozen")
 
 
 def preset(config):
@@ -207,11 +214,11 @@ class MoCoOp(nn.Module):
         if len(groups) == 1 and "{}" in config["init"]:
             templates = [config["init"]]  # a single prompt is named by what it started from
         top_k = min(config["top_k"], len(groups))
-        self.prompts = SoftPrompts(clip_model, templates, config["init"])
+        self.prompts = SoftPrompts(clip_model, templates, config["init"], config["full_stop"])
         self.router = Router(width, len(groups), top_k, config["router"])
         self.templates, self.top_k = templates, self.router.top_k
         self.text_bias = nn.Parameter(torch.zeros(1, width)) if config["text_bias"] else None
-        self.visual_ln = learnable_layer_norms(clip_model) if config["tune_visual_ln"] else None
+        self.image_side = learnable_part(clip_model, config["image_side"])
         self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
         self.chunk = config["chunk"]
 
@@ -261,11 +268,15 @@ class MoCoOp(nn.Module):
         return metrics.predictions(self.logits(class_names, image_features))
 
     def parameter_groups(self):
-        """What is trained, as an optimiser takes it; `factor`: times the learning rate."""
+        """What is trained, as an optimiser takes it; `factor`: times the learning rate, which is a
+        tenth for LayerNorms, as published."""
+        norms = {
+            id(p) for m in self.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()
+        }
         parts = {1.0: [], 0.1: []}
-        for name, parameter in self.named_parameters():
+        for parameter in self.parameters():
             if parameter.requires_grad:
-                parts[0.1 if name.startswith("visual_ln.") else 1.0].append(parameter)
+                parts[0.1 if id(parameter) in norms else 1.0].append(parameter)
         return [{"params": params, "factor": f} for f, params in parts.items() if params]
 
 
@@ -329,8 +340,8 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
         owners = [g for g, group in enumerate(groups) for _ in group]
         prompt_of = torch.tensor(owners, device=labels.device)
     guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
-    # Without the text loss nobody reads the prompts that no image of the batch selected. (A GPU
-    # would have to wait to be told which those are.)
+    # Without the text loss nobody reads the prompts that no image of the batch selected. To ask a
+    # GPU which those are would make it wait.
     on_cpu = labels.device.type == "cpu"
     only = "selected" if on_cpu and not config["text_weight"] else None
 
@@ -352,9 +363,9 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
     progress = Progress(parts, config["epochs"], n_batches, save, state)
     model.train()
     for epoch in progress.epochs():
-        lr = learning_rate(epoch, config["epochs"], config["lr"], config["warm_up"])
+        rate = partial(learning_rate, epoch, config["epochs"], warm_up=config["warm_up"])
         for part in optimiser.param_groups:
-            part["lr"] = lr * part["factor"]
+            part["lr"] = rate(config["lr"] * part["factor"])
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(load_features.n_views, (n,), generator=order_rng)
         batches = order.split(config["batch_size"])[:n_batches]
@@ -364,7 +375,7 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
 
             losses = {"image": (1.0, image_loss(logits, y))}  # name: (weight, value)
             if guided:
-                target = gate_target(f, prototypes[:, seen], y, model.router.top_k)
+                target = gate_target(f.detach(), prototypes[:, seen], y, model.router.top_k)
                 losses["gate"] = config["gate_weight"], gate_loss(gate_logits, target)
             if config["text_weight"]:
                 soft = text_features
@@ -382,7 +393,7 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
             scaler.step(optimiser)
             scaler.update()
             progress.step(losses, weights)
-        progress.end_epoch(lr)
+        progress.end_epoch(rate(config["lr"]))
     return progress.seconds, progress.usage
 
 
@@ -438,7 +449,7 @@ def train_here(config, groups, folder, resume, device):
     seconds, usage = 0.0, []
     labels = [split.labels(items).to(device) for items in (split.train, split.val)]
     if config["classifier"] == "prompts":
-        views, live = split.views(config["views"]), config["tune_visual_ln"]
+        views, live = split.views(config["views"]), learns_images(config)
         features = training_features(clip_model, fingerprint, split, views, live)
         with nothing_left_if_diverged(folder):
             seconds, usage = fit(
@@ -448,7 +459,9 @@ def train_here(config, groups, folder, resume, device):
             test = encode(split.test, what="test images", cached=False)
             val = encode(split.val, what="val images", cached=False)
     elif config["classifier"] == "linear":
+        encode = partial(encode, raw=True)
         stored = encode(split.train, what="training images")
+        test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
         model, seconds = fit_probe(split.class_names, stored, val, *labels)
     else:
         model = probes[config["classifier"]]

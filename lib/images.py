@@ -122,13 +122,16 @@ def _one_ahead(load, batches, drawn=False):
 # ------------------------------------------------------------------------------------ features
 
 
-def image_features(clip_model, fingerprint, split, items, n_views=None, what="images", cached=True):
+def image_features(
+    clip_model, fingerprint, split, items, n_views=None, what="images", cached=True, raw=False
+):
     """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
 
     clip_model, fingerprint: from `load_clip`. split: opens, identifies and names the images; items:
     from its lists. n_views: None for the test transform, else how many augmented views per image.
     what: to call them in the line that says how many came from the cache.
     cached: False for an encoder that has been trained since it was given its fingerprint.
+    raw: features as long as CLIP makes them, as a linear probe takes them; not normalised.
     Returns (N, D), or (N, views, D), on the model's device.
     Raises BadInput for an image that cannot be read, and for features that are not finite.
     """
@@ -176,7 +179,8 @@ def image_features(clip_model, fingerprint, split, items, n_views=None, what="im
                 cache.save_rows(folder, shard, shard_rows)
     features = None
     if processes.rank() == 0:
-        features = torch.from_numpy(np.stack([rows[key][:width] for key in keys]))
+        stored = torch.from_numpy(np.stack([rows[key] for key in keys]))
+        features = stored[:, :width] * stored[:, width:] if raw else stored[:, :width].clone()
     features = processes.from_first(features).to(device)
     return features if n_views is None else features.view(len(items), n_views, width)
 
@@ -213,8 +217,9 @@ def _encode(clip_model, wanted, bar):
     return rows
 
 
-def photo_features(clip_model, images):
-    """Normalised features (N, D) of PIL images that belong to no dataset, computed here and now."""
+def photo_features(clip_model, images, raw=False):
+    """Features (N, D) of PIL images that belong to no dataset, computed here and now. raw: not
+    normalised."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     batches = [[(upright_rgb(image), size)] for image in images]
     if not batches:
@@ -224,7 +229,7 @@ def photo_features(clip_model, images):
             encode_images(clip_model, as_clip_reads(loaded, device), torch.float32)
             for _, loaded in _one_ahead(preprocess, batches)
         ]
-    return F.normalize(torch.cat(features), dim=-1)
+    return torch.cat(features) if raw else F.normalize(torch.cat(features), dim=-1)
 
 
 # ----------------------------------------------------------------------------- while training
@@ -266,7 +271,7 @@ class LiveFeatures:
     n_views = 1
 
     def __init__(self, clip_model, split, cropped):
-        print("training the image encoder's LayerNorms: images are encoded in every step")
+        print("the image encoder learns, too: images are encoded in every step")
         self.clip_model, self.split, self.cropped = clip_model, split, cropped
 
     def __call__(self, batches, views, epoch):

@@ -6,17 +6,19 @@ The sentences of a prompt form a tree, as they begin alike, and so may the names
                      |      \\- ring EOT         before it. Attention is causal, so what the encoder
                       \\- blue -- ring EOT       computes there is the same for all its sentences.
 
-Places are numbered in the order of the sorted sentences, which is depth first: what stands before
-place i are the places j <= i whose part of the tree reaches to i.
+Places are numbered depth first. `last[j]` is the last place below place j in the tree, so j stands
+before i, or is i, exactly if j <= i <= last[j].
 
-All but attention works on places, one by one. Attention works on *rows* of neighbouring sentences,
-each with all places of its sentences: a few places stand in several rows. A mask keeps the
+All but attention works on places, one by one. Attention works on *rows* of neighbouring sentences:
+a row that begins in the middle of the tree repeats the path to its first sentence. A mask keeps the
 sentences of a row apart.
 
 Letters in shapes: P places, N sentences, R rows, L places in a row.
 """
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 
@@ -31,20 +33,16 @@ class Piece:
 
     token: torch.Tensor  # (P,): what stands at each place, an index into a table of embeddings
     position: torch.Tensor  # (P,): how many tokens stand before it
-    rows: torch.Tensor  # (R, L): the places that attention works on; short rows repeat place 0
+    rows: torch.Tensor  # (R, L): the places that attention works on
     sees: torch.Tensor  # (R, 1, L, L): 0 where one place of a row looks at another, else -inf
     first: torch.Tensor  # (P,): where in the flattened rows a place stands first
     ends: torch.Tensor  # (N,): the place of each sentence's EOT
     sentence: torch.Tensor  # (N,): which sentence that is
 
-    def __len__(self):
-        return len(self.sentence)
-
     def moved(self, tokens, sentences):
-        """The same with its tokens so far down the table, and its sentences numbered from there."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {"token": self.token + tokens, "sentence": self.sentence + sentences}
-        return Piece(**values)
+        """A copy whose tokens point that much further down the table, and whose sentences are
+        numbered that much higher."""
+        return replace(self, token=self.token + tokens, sentence=self.sentence + sentences)
 
 
 def join(pieces):
@@ -61,15 +59,14 @@ def join(pieces):
 
 
 def in_batches(pieces, at_once):
-    """The pieces joined, as many at a time as have about that many sentences in all, at least one:
-    a list."""
+    """The pieces joined, a list: in each batch at most `at_once` sentences, or a single piece."""
     batches, n = [], at_once
     for piece in pieces:
-        if n + len(piece) > at_once:
+        n += len(piece.sentence)
+        if n > at_once:
             batches.append([])
-            n = 0
+            n = len(piece.sentence)
         batches[-1].append(piece)
-        n += len(piece)
     return [join(batch) for batch in batches]
 
 
@@ -78,8 +75,10 @@ def pack(trees, device=None):
 
     trees: of each, {number: sentence}; a sentence is a list of ints, SOS first and EOT last.
     """
+    if not trees:
+        return []
     trees = [sorted(tree.items(), key=lambda item: item[1]) for tree in trees]
-    shared = [_shared_with_last([sentence for _, sentence in tree]) for tree in trees]
+    shared = [_shared_prefixes([sentence for _, sentence in tree]) for tree in trees]
     sizes = [
         [(len(sentence), n) for (_, sentence), n in zip(tree, counts)]
         for tree, counts in zip(trees, shared)
@@ -88,18 +87,9 @@ def pack(trees, device=None):
     return [_lay_out(tree, counts, length, device) for tree, counts in zip(trees, shared)]
 
 
-def _shared_with_last(sentences):
-    """How many tokens each has in common with the one before it, from the first one on."""
-    counts, last = [], []
-    for sentence in sentences:
-        n = 0
-        for a, b in zip(sentence, last):
-            if a != b:
-                break
-            n += 1
-        counts.append(n)
-        last = sentence
-    return counts
+def _shared_prefixes(sentences):
+    """How many tokens each sentence has in common with the one before it; 0 for the first."""
+    return [0] + [len(os.path.commonprefix(pair)) for pair in pairwise(sentences)]
 
 
 def _best_length(sizes):
@@ -107,15 +97,13 @@ def _best_length(sizes):
     ones compute less of what the mask hides. sizes: of each tree, [(tokens, shared with last)]."""
     longest = max(size for tree in sizes for size, _ in tree)
     whole = max(sum(size - n for size, n in tree) for tree in sizes)
-    tries = {
-        min(max(longest, int(longest * 1.1**power)), max(whole, longest)) for power in range(40)
-    }
+    tries = {min(int(longest * 1.1**power), whole) for power in range(40)}
 
     def cost(length):
         n_rows = 0
         for tree in sizes:
             load = length  # of the last row, so that the first sentence starts one
-            for size, n in tree:
+            for size, n in tree:  # as `_lay_out` fills them
                 load += size - n
                 if load > length:
                     n_rows, load = n_rows + 1, size
@@ -144,7 +132,7 @@ def _lay_out(tree, shared, length, device):
     for place in path:
         last[place] = len(token) - 1
 
-    # A short row is filled up with a place of its own tree's making, which nothing else sees.
+    # A short row ends in a place that only itself sees, computed as place 0 and never read.
     nowhere = len(token)
     padded = [row + [nowhere] * (length - len(row)) for row in rows]
     token, position, first, ends, last, rows, sentence = (

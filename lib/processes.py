@@ -5,7 +5,7 @@ losses; what is split is the work of encoding: images before training, sentences
 step, each process encodes its share of the sentences, all get all the features
 (`sum_over_processes`), and in the backward pass each follows its own share back to the prompts,
 where the parts of the gradient are added up (`sum_gradients`). From there on all are equal again,
-so nothing else needs to be sent. (With --tune-visual-ln each process computes the image encoder's
+so nothing else needs to be sent. (With --image-side each process computes the image encoder's
 gradients for itself; on a CPU they are equal to the bit.)
 
 Without torchrun all of this does nothing. The processes share one disk; the first one writes. A

@@ -15,6 +15,8 @@ Letters in shapes: P places, R rows, L places in a row, N sentences, W width of 
 its output, G prompts, C classes, V learned vectors.
 """
 
+from functools import partial
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -34,23 +36,24 @@ class Sentences:
         vectors that `encode` will be given.
 
         chunk: how many sentences are encoded at a time; None for `chunk_for`. If that takes several
-        pieces, nothing inside the encoder is kept for the backward pass: each piece is computed
+        batches, nothing inside the encoder is kept for the backward pass: each batch is computed
         again there (activation checkpointing), so memory grows with the chunk and not with the
         number of sentences.
         """
         weight = clip_model.token_embedding.weight
         self.shape = n_prompts, n_classes = len(prompts), len(prompts[0])  # (G, C)
         self.chunk = chunk or chunk_for(clip_model, prompts)
-        # A tree is a part of a prompt's classes: at most a chunk, and this process's own.
+        # The classes are cut into ranges of at most a chunk, as many for each process; a tree is
+        # what a prompt makes of a range.
         rank, world = processes.rank(), processes.world()
-        n_parts = world * -(-n_classes // self.chunk)
-        cuts = [n_classes * part // n_parts for part in range(n_parts + 1)]
-        parts = [range(*cuts[i : i + 2]) for i in range(rank, n_parts, world)]
+        n_ranges = world * max(1, -(-n_classes // self.chunk))
+        cuts = [n_classes * i // n_ranges for i in range(n_ranges + 1)]
+        own = [range(*cuts[i : i + 2]) for i in range(rank, n_ranges, world)]
         trees = {
-            (g, part): {g * n_classes + c: prompts[g][c] for c in part}
+            (g, classes): {g * n_classes + c: prompts[g][c] for c in classes}
             for g in range(n_prompts)
-            for part in parts
-            if part
+            for classes in own
+            if classes
         }
         pieces = pack(list(trees.values()), weight.device)
         # Encoding looks ids up in one table: the frozen embeddings, then the learned vectors.
@@ -64,61 +67,55 @@ class Sentences:
         self.pieces = [[] for _ in prompts]  # of each prompt
         for (g, _), piece in zip(trees, pieces):
             self.pieces[g].append(piece)
-        self.all = in_batches(pieces, self.chunk)
+        self.batches = in_batches(pieces, self.chunk)
 
     def encode(self, clip_model, vectors=None, only=None, dtype=torch.float32):
         """Features of all sentences: (G, C, D), not normalised.
 
         vectors: None, (V, W), or (B, V, W) for B sets of vectors; the result is then (B, G, C, D).
         only: None, or the prompts to encode, a list of numbers; the others get zeros. dtype: of the
-        matrix products.
+        products in the blocks.
         """
-        pieces, sets, n_sentences = self.all, (), self.shape[0] * self.shape[1]
+        batches, sets, n_sentences = self.batches, (), self.shape[0] * self.shape[1]
         if only is not None:
-            pieces = in_batches([piece for g in only for piece in self.pieces[g]], self.chunk)
+            batches = in_batches([piece for g in only for piece in self.pieces[g]], self.chunk)
+        table = self.frozen
         if vectors is not None:
             vectors = processes.sum_gradients(vectors)
-        if vectors is None:
-            table = self.frozen
-        elif vectors.dim() == 2:
-            table = torch.cat([self.frozen, vectors])
-        else:  # one table after the other, and the pieces once for each
-            tables = torch.cat([self.frozen.expand(len(vectors), -1, -1), vectors], dim=1)
+            table = torch.cat([table.expand(*vectors.shape[:-2], -1, -1), vectors], dim=-2)
+        if table.dim() == 3:  # one table after the other, and the sentences once for each
+            sets, n_tokens = table.shape[:1], table.shape[1]
             copies = [
-                piece.moved(i * tables.shape[1], i * n_sentences)
-                for i in range(len(tables))
-                for piece in pieces
+                batch.moved(i * n_tokens, i * n_sentences)
+                for i in range(len(table))
+                for batch in batches
             ]
-            pieces = in_batches(copies, self.chunk)
-            sets, table, n_sentences = (
-                tables.shape[:1],
-                tables.flatten(0, 1),
-                n_sentences * len(tables),
-            )
-        features = encode_pieces(clip_model, table, pieces, n_sentences, dtype)
+            batches, table = in_batches(copies, self.chunk), table.flatten(0, 1)
+            n_sentences *= sets[0]
+        features = encode_batches(clip_model, table, batches, n_sentences, dtype)
         return features.view(*sets, *self.shape, -1)
 
 
-def encode_pieces(clip_model, table, pieces, n_sentences, dtype):
-    """Features of sentences, computed piece by piece and by all processes: (N, D), not normalised.
+def encode_batches(clip_model, table, batches, n_sentences, dtype):
+    """Features of sentences, computed batch by batch and by all processes: (N, D), not normalised.
 
-    table: (tokens, W), the embeddings that `piece.token` points into. Sentences that are in no
-    piece get zeros.
+    table: (tokens, W), the embeddings that `batch.token` points into. Sentences that are in no
+    batch get zeros.
     """
     features = table.new_zeros(n_sentences, clip_model.text_projection.shape[1])
-    if not pieces:  # a process without any takes part in the backward pass
+    encode = encode_piece
+    if len(batches) > 1 and table.requires_grad:
+        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    if batches:
+        parts = [encode(clip_model, table, batch, dtype) for batch in batches]
+        sentences = torch.cat([batch.sentence for batch in batches])
+        features = features.index_copy(0, sentences, torch.cat(parts))
+    else:  # this process takes part in the backward pass all the same
         features = features + table[:0].sum()
-    for piece in pieces:
-        if len(pieces) > 1 and table.requires_grad:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            encoded = checkpoint(encode_piece, clip_model, table, piece, dtype, **options)
-        else:
-            encoded = encode_piece(clip_model, table, piece, dtype)
-        features = features.index_copy(0, piece.sentence, encoded)
     return processes.sum_over_processes(features)
 
 
-def encode_piece(clip_model, table, piece, dtype=torch.float32):
+def encode_piece(clip_model, table, piece, dtype):
     """CLIP's text encoder on the sentences of a piece: (N, D), not normalised."""
     x = table.index_select(0, piece.token) + clip_model.positional_embedding[piece.position]
     sees, rows = piece.sees.to(dtype), piece.rows.flatten()
@@ -129,10 +126,10 @@ def encode_piece(clip_model, table, piece, dtype=torch.float32):
 
     *blocks, last = blocks_of(clip_model.transformer, dtype)
     for block in blocks:
-        x = block.rest(x, attention(block, x).index_select(0, piece.first))
+        x = block.after_attention(x, attention(block, x).index_select(0, piece.first))
     # What follows the last attention is computed for EOT alone.
     mixed = attention(last, x).index_select(0, piece.first[piece.ends])
-    x = last.rest(x.index_select(0, piece.ends), mixed)  # (N, W)
+    x = last.after_attention(x.index_select(0, piece.ends), mixed)  # (N, W)
     return clip_model.ln_final(x) @ clip_model.text_projection
 
 
@@ -146,4 +143,6 @@ def chunk_for(clip_model, prompts):
     bytes_per_place = 28 * width * len(clip_model.transformer.resblocks)
     places = max(len(sentence) for sentences in prompts for sentence in sentences)
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(free / 2 / (bytes_per_place * places)))
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # The processes of one run must agree.
+    return min(processes.gather(max(1, int(free / 2 / (bytes_per_place * places)))))

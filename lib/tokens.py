@@ -40,7 +40,7 @@ def _apart(left, right):
     """Whether CLIP's tokenizer reads two texts, one after the other, as it reads each alone.
 
     It looks for runs of letters, single digits, runs of signs, and 's, 't, ... by themselves. It
-    repairs what is not plain ASCII, and decodes what begins with & or <: these stay whole.
+    repairs what is not ASCII, decodes HTML (&...;) and knows <|...|>: such texts stay whole.
     """
     text = left + right
     if not text.isascii() or not text.isprintable() or "&" in text or "<" in text:

@@ -2,12 +2,15 @@
 
 A block computes what `clip.model.ResidualAttentionBlock` does, only with less:
 
-- queries, keys and values come from one product, and attention is one kernel;
+- nothing is copied around the attention, and where nothing is learned, sums are made in place;
 - QuickGELU, x * sigmoid(1.702 x), reads and writes the widest numbers of the encoder three times.
-  With 1.702 multiplied into the weights before it and divided out of those behind it, it is silu,
-  x * sigmoid(x): once;
+  But 1.702 QuickGELU(x) = silu(1.702 x), with silu(x) = x * sigmoid(x), which does it once. So the
+  weights before it are multiplied by 1.702 and those behind it divided;
 - on a GPU the weights are rounded to half precision once and not in every step. What runs past
   the blocks, x, stays fp32, and so does LayerNorm.
+
+So a block has copies of most weights, made when it is first used: what changes CLIP's weights
+later, but for LayerNorms, is not seen.
 
 Letters in shapes: R rows of a batch, L places in a row, W width of the encoder.
 """
@@ -20,15 +23,18 @@ QUICK_GELU = 1.702
 
 
 class Block:
-    """One residual attention block. Its steps take (..., W), and attention (R, L, W)."""
+    """One residual attention block. Its steps take (..., W), and attention (R, L, W).
 
-    activation = staticmethod(F.silu)
+    Raises ValueError for weights to be learned: only the LayerNorms' may be.
+    """
 
     def __init__(self, block, dtype, factor=QUICK_GELU):
         """block: a `clip.model.ResidualAttentionBlock`. dtype: of the products."""
 
         def frozen(layer, names, factor=1.0):
-            parameters = (getattr(layer, name).detach() for name in names)
+            parameters = [getattr(layer, name) for name in names]
+            if any(p.requires_grad for p in parameters):
+                raise ValueError(f"{', '.join(names)} of {layer} should be frozen")
             return [p.to(dtype) if factor == 1 else (p * factor).to(dtype) for p in parameters]
 
         attention, mlp = block.attn, block.mlp
@@ -44,24 +50,27 @@ class Block:
         return F.linear(self.norm_1(x).to(self.dtype), self.qkv_weight, self.qkv_bias)
 
     def attend(self, q, k, v, sees=None):
-        """q (R, L', W), k and v (R, L, W) -> (R, L', W). sees: None, or what is added to the scores
-        of each place looked at, (R, 1, L', L): 0 or -inf."""
+        """q (R, Q, W), k and v (R, L, W) -> (R, Q, W). sees: None, or what is added to the scores
+        of each place looked at, (R, 1, Q, L): 0 or -inf."""
         heads = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(*heads, attn_mask=sees).transpose(1, 2).flatten(2)
 
-    def rest(self, x, mixed):
-        """What follows the attention: its projection, the MLP, and both residuals. (..., W)."""
+    def after_attention(self, x, mixed):
+        """The attention's projection, the MLP, and both residuals: x and mixed, both (..., W), ->
+        (..., W). Where nothing is learned, x is overwritten."""
         x = _plus(x, F.linear(mixed, *self.out))
         hidden = F.linear(self.norm_2(x).to(self.dtype), *self.up)
         return _plus(x, F.linear(self.activation(hidden), *self.down))
 
+    def activation(self, hidden):
+        return F.silu(hidden, inplace=not hidden.requires_grad)
+
     def first_places(self, x):
-        """The block's output at the first place of each row, and nowhere else: (R, L, W) ->
-        (R, W)."""
+        """The block's output at the first place of each row alone: (R, L, W) -> (R, W)."""
         normed, width = self.norm_1(x).to(self.dtype), x.shape[-1]
         q = F.linear(normed[:, :1], self.qkv_weight[:width], self.qkv_bias[:width])
         kv = F.linear(normed, self.qkv_weight[width:], self.qkv_bias[width:])
-        return self.rest(x[:, 0], self.attend(q, *kv.chunk(2, dim=-1))[:, 0])
+        return self.after_attention(x[:, 0], self.attend(q, *kv.chunk(2, dim=-1))[:, 0])
 
 
 def _plus(x, change):

@@ -6,9 +6,13 @@ pixelated, blurry, dark) that have words in the templates, as styles of photos h
 CLIP was trained on all 160 classes (`python -m tools.make_world`).
 
 The few-shot dataset `shapes` is 20 of the classes seen through another camera (a warm tint and
-mottled backgrounds that the CLIP never met), in all styles alike. Four shifted test sets stand
-for ImageNet's: `shapes_v2` (striped backgrounds), `shapes_sketch` (dashed line drawings),
-`shapes_a` (turned, pushed aside, half hidden), `shapes_r` (chalk, hatching, mosaic, cut-outs).
+mottled backgrounds that the CLIP never met), in all styles alike. Three more tasks: `shapes_fine`
+(20 classes that share their shapes and colours), `shapes_many` (40 classes), `shapes_cold` (20
+others through a worse camera: cold light, little contrast, noise, tiled backgrounds).
+
+Four shifted test sets of `shapes` stand for ImageNet's: `shapes_v2` (striped backgrounds),
+`shapes_sketch` (dashed line drawings), `shapes_a` (turned, pushed aside, half hidden), `shapes_r`
+(chalk, hatching, mosaic, cut-outs).
 
 An image is named by a path such as `test/red circle/sketch/003`, and that name seeds its drawing:
 the world is the same everywhere, and none of it is stored.
@@ -88,8 +92,22 @@ COLOURS = {
 STYLES = ("photo", "large", "small", "many", "sketch", "pixelated", "blurry", "dark")
 
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]  # 160, the CLIP's world
-# The 20 downstream classes: one draw, made before any method was run. Sorted as labels.
-DOWNSTREAM = sorted(random.Random("downstream").sample(CLASSES, 20))
+
+
+def _sample(seed, names, n):
+    return sorted(random.Random(seed).sample(list(names), n))
+
+
+# The classes of each task, sorted as labels: one draw each, made before any method was run on it.
+SHAPES_CLASSES = _sample("downstream", CLASSES, 20)
+TASKS = {
+    "shapes": SHAPES_CLASSES,
+    "shapes_fine": [
+        f"{c} {s}" for c in _sample("fine", COLOURS, 5) for s in _sample("fine", SHAPES, 4)
+    ],
+    "shapes_many": _sample("many", CLASSES, 40),
+    "shapes_cold": _sample("cold", [name for name in CLASSES if name not in SHAPES_CLASSES], 20),
+}
 
 # ------------------------------------------------------------------------------------ drawing
 
@@ -142,7 +160,8 @@ def _dashes(points, on=11, gap=6):
 
 
 def _background(style, kind, noise, rng):
-    """(SIZE, SIZE, 3) in [0, 1]. kind: plain (what the CLIP was trained on), mottled or striped."""
+    """(SIZE, SIZE, 3) in [0, 1]. kind: plain (what the CLIP was trained on), mottled, striped or
+    tiled."""
     tint = 1.0 - 0.10 * noise.random(3)  # a light, faintly coloured surface
     if style in ("sketch", "dashed"):
         level = np.full((SIZE, SIZE), 0.97)  # paper
@@ -155,6 +174,10 @@ def _background(style, kind, noise, rng):
         depth = MOTTLE if kind == "mottled" else rng.uniform(0, 0.15)
         spots = Image.fromarray(noise.random((6, 6), dtype=np.float32))
         level = level - depth * np.asarray(spots.resize((SIZE, SIZE), Image.BICUBIC))
+    elif kind == "tiled":
+        period, first = rng.randint(7, 10), rng.randint(0, 6)
+        joint = (np.arange(SIZE) + first) % period == 0
+        level = level - 0.3 * (joint[:, None] | joint)
     else:
         angle, period = rng.uniform(0, math.pi), rng.uniform(4, 7)
         phase = np.add.outer(np.arange(SIZE) * math.sin(angle), np.arange(SIZE) * math.cos(angle))
@@ -165,7 +188,7 @@ def _background(style, kind, noise, rng):
 def draw(colour, shape, style, seed, dataset=None):
     """One image of the world.
 
-    dataset: None for the CLIP's training images, else `shapes` or one of its shifted test sets.
+    dataset: None for the CLIP's training images, else a name of DATASETS.
     seed: anything with a stable `str`; the same arguments give the same image.
     Returns a (32, 32) RGB PIL image.
     """
@@ -177,7 +200,8 @@ def draw(colour, shape, style, seed, dataset=None):
         min(1.0, saturation * rng.uniform(0.85, 1.1)),
         min(1.0, value * rng.uniform(0.9, 1.1)),
     )
-    kind = {None: "plain", "shapes_v2": "striped"}.get(dataset, "mottled")
+    kinds = {None: "plain", "shapes_v2": "striped", "shapes_cold": "tiled"}
+    kind, cold = kinds.get(dataset, "mottled"), dataset == "shapes_cold"
     alpha = _mask(shape, style, rng, hard=dataset == "shapes_a")[..., None]
     image = alpha * np.array(rgb) + (1 - alpha) * _background(style, kind, noise, rng)
     if dataset == "shapes_a":  # a bar hides part of it
@@ -186,9 +210,11 @@ def draw(colour, shape, style, seed, dataset=None):
         bar[start : start + thick] = rng.uniform(0.2, 0.9)
     if style == "dark":
         image = image * rng.uniform(0.22, 0.4)
-    if dataset:  # the other camera: warm light
+    if cold:
+        image = 0.15 + 0.6 * image * [0.75, 0.9, 1.0]
+    elif dataset:  # the other camera: warm light
         image = image * [1.0, 0.9, 0.75]
-    image = image + 0.02 * noise.standard_normal(image.shape)
+    image = image + (0.05 if cold else 0.02) * noise.standard_normal(image.shape)
     image = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
     if style in ("pixelated", "mosaic"):
         cells = rng.choice((8, 9, 10))
@@ -206,9 +232,9 @@ def draw(colour, shape, style, seed, dataset=None):
 
 # ---------------------------------------------------------------------------------- datasets
 
-# name -> its styles; all but `shapes` are test sets only
+# name -> its styles; what is no task is a test set only
 DATASETS = {
-    "shapes": STYLES,
+    **dict.fromkeys(TASKS, STYLES),
     "shapes_v2": STYLES,
     "shapes_sketch": ("dashed",),
     "shapes_a": STYLES,
@@ -217,8 +243,12 @@ DATASETS = {
 PER_CLASS = {"train": 64, "val": 24, "test": 120}  # shared equally by the styles
 
 
+def class_names(dataset):
+    return TASKS.get(dataset, SHAPES_CLASSES)
+
+
 def lists(dataset):
-    """{"train" | "val" | "test": [(path, label), ...]} of a downstream dataset.
+    """{"train" | "val" | "test": [(path, label), ...]} of a dataset.
 
     A path, `test/red circle/sketch/003`, is all that it takes to draw an image.
     """
@@ -226,10 +256,10 @@ def lists(dataset):
     return {
         part: [
             (f"{part}/{name}/{style}/{i:03d}", label)
-            for label, name in enumerate(DOWNSTREAM)
+            for label, name in enumerate(class_names(dataset))
             for style in styles
             for i in range(n // len(styles))
-            if part == "test" or dataset == "shapes"
+            if part == "test" or dataset in TASKS
         ]
         for part, n in PER_CLASS.items()
     }

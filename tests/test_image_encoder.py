@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from clip.model import CLIP
 
 from lib.errors import BadInput
-from lib.image_encoder import encode_images, learnable_layer_norms
+from lib.image_encoder import N_PROMPTS, encode_images, learnable_part
 
 
 def vit(layers=3, width=128, patch=8):
@@ -47,12 +47,12 @@ def test_a_resnet_is_clips_own():
     assert rounded.dtype == torch.float32
     assert 0 < largest_difference(rounded, model.encode_image(images)) < 0.1
     with pytest.raises(BadInput, match="needs a CLIP with a ViT"):
-        learnable_layer_norms(model)
+        learnable_part(model, "prompts")
 
 
 def test_layer_norms_get_the_gradients_that_clips_own_encoder_gives_them():
     model, images = vit(), pixels()
-    norms = learnable_layer_norms(model)
+    norms = learnable_part(model, "layer-norms")
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {
         "ln_1",
         "ln_2",
@@ -74,3 +74,28 @@ def test_half_precision_products_move_features_by_little():
     rounded = encode_images(model, images, torch.bfloat16)
     assert rounded.dtype == torch.float32
     assert 1e-5 < largest_difference(rounded, exact) < 0.05
+
+
+def test_prompts_join_the_patches_and_change_nothing_else():
+    model, images = vit(), pixels()
+    plain = encode_images(model, images, torch.float32)
+    assert learnable_part(model, "frozen") is None
+    torch.manual_seed(0)
+    (prompts,) = learnable_part(model, "prompts").parameters()
+    assert prompts.shape == (N_PROMPTS, 128) and 0.015 < prompts.std() < 0.025
+    with torch.no_grad():
+        prompts.mul_(20)
+    features = encode_images(model, images, torch.float32)
+    assert largest_difference(features, plain) > 1e-3
+
+    # clip's own transformer, with the tokens behind the patches
+    visual = model.visual
+    x = visual.conv1(images).flatten(2).permute(0, 2, 1)
+    x = torch.cat([visual.class_embedding.expand(5, 1, -1), x], dim=1) + visual.positional_embedding
+    x = visual.ln_pre(torch.cat([x, prompts.expand(5, -1, -1)], dim=1))
+    x = visual.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    expected = visual.ln_post(x[:, 0]) @ visual.proj
+    assert largest_difference(features, expected) < 1e-5
+    features.sum().backward()
+    assert prompts.grad.abs().max() > 0
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["visual.prompts"]

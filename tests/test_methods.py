@@ -1,8 +1,10 @@
 """The rows of `train.METHODS`, each against something other than itself, and the ablation flags."""
 
+import copy
 import json
 import math
 
+import clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ import train
 from lib import grouping
 from lib.catalogue import DATASETS, template_groups
 from lib.errors import BadInput
+from lib.image_encoder import encode_images
 from lib.images import StoredFeatures
 from lib.probe import linear_probe, logistic_regression
 from lib.templates import all_templates
@@ -103,6 +106,69 @@ def test_a_probe_knows_its_own_classes_alone(run_train, tmp_path):
 # -------------------------------------------------------------------------- prompts of one's own
 
 
+def clips_features(clip_model, embedded, context, eot):
+    """clip's own text encoder, all 77 positions, with the context in place of the tokens after SOS:
+    (C, D), not normalised."""
+    n = len(embedded)
+    x = [embedded[:, :1], context.expand(n, -1, -1), embedded[:, 1 + len(context) :]]
+    x = (torch.cat(x, dim=1) + clip_model.positional_embedding).permute(1, 0, 2)
+    x = clip_model.ln_final(clip_model.transformer(x).permute(1, 0, 2))
+    return x[torch.arange(n), eot] @ clip_model.text_projection
+
+
+@pytest.mark.parametrize("template", ["a photo of a {}.", "{} texture.", "{}."])
+def test_untrained_prompts_with_their_full_stop_are_zero_shot(random_clip, template):
+    names = [*NAMES, "U.S.", "crane (bird)"]  # their last sign and the full stop are one token
+    prompts = SoftPrompts(random_clip, [template], full_stop=True)
+    prompts.set_classes(random_clip, names)
+    zero_shot = template_features(random_clip, [template], names)
+    assert torch.allclose(prompts.text_features(random_clip), zero_shot, atol=1e-6)
+    bare = SoftPrompts(random_clip, [template])
+    bare.set_classes(random_clip, names)
+    assert not torch.allclose(bare.text_features(random_clip), zero_shot, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop", "lasp", "mocoop"])
+def test_each_methods_forward_pass_is_its_papers(random_clip, method):
+    """CoOp: one context, full stop, cosine. CoCoOp: the context shifted by a bottleneck network of
+    the image feature. LASP: a bias on the text features before they are normalised. MoCoOp: the two
+    best of its prompts, without a full stop, mixed by the softmax of their gate logits."""
+    torch.manual_seed(1)
+    groups = [["a photo of a {}."], ["a sketch of a {}."], ["a big photo of {}."]]
+    groups = groups if method == "mocoop" else groups[:1]
+    model = train.make_model(random_clip, groups, config_of("--method", method))
+    model.set_classes(NAMES)
+    for parameter in model.parameters():  # as if trained
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    f, scale = unit(5, 64), random_clip.logit_scale.exp()
+    stop = "" if method == "mocoop" else "."
+    contexts = list(model.prompts.context_before)
+
+    def texts(group, shift=0.0, bias=0.0):  # (C, D)
+        tokens = clip.tokenize([groups[group][0].replace("{}.", name + stop) for name in NAMES])
+        embedded = random_clip.token_embedding(tokens)
+        own = clips_features(random_clip, embedded, contexts[group] + shift, tokens.argmax(-1))
+        return F.normalize(own + bias, dim=-1)
+
+    expected = []
+    for image in f:
+        if method == "cocoop":
+            down, _, up = model.shift
+            hidden = torch.relu(down.weight @ image + down.bias)
+            text = texts(0, shift=up.weight @ hidden + up.bias)
+        elif method == "lasp":
+            text = texts(0, bias=model.text_bias)
+        elif method == "coop":
+            text = texts(0)
+        else:
+            gate = model.router.gate.weight @ image + model.router.gate.bias
+            best = gate.argsort(descending=True)[:2]
+            w = gate[best].softmax(dim=0)
+            text = w[0] * texts(best[0]) + w[1] * texts(best[1])
+        expected.append(scale * text @ image)
+    assert torch.allclose(model(f)[3], torch.stack(expected), atol=1e-4)
+
+
 def test_coop_is_the_plain_loop_over_clips_own_encoder(random_clip):
     """Three steps of CoOp written out: 77 positions, one prompt, cross-entropy, SGD."""
     features, labels = unit(64, 1, 64), torch.arange(64) % 3
@@ -115,20 +181,15 @@ def test_coop_is_the_plain_loop_over_clips_own_encoder(random_clip):
     stored = StoredFeatures(features)
     train.fit(model, config, groups, hard, slice(None), stored, labels, lambda snapshot: None)
 
-    import clip
-
-    tokens = clip.tokenize([f"a photo of a {name}" for name in NAMES])
+    tokens = clip.tokenize([f"a photo of a {name}." for name in NAMES])
     embedded = random_clip.token_embedding(tokens).detach()
     context = embedded[0, 1:5].clone().requires_grad_()
     optimiser = torch.optim.SGD([context], lr=0.1, momentum=0.9, weight_decay=5e-4)
     order_rng = torch.Generator().manual_seed(config["seed"])
     order = torch.randperm(64, generator=order_rng)
     for batch in order.split(32):
-        x = torch.cat([embedded[:, :1], context.expand(3, -1, -1), embedded[:, 5:]], dim=1)
-        x = (x + random_clip.positional_embedding).permute(1, 0, 2)
-        x = random_clip.ln_final(random_clip.transformer(x).permute(1, 0, 2))
-        x = x[torch.arange(3), tokens.argmax(-1)] @ random_clip.text_projection
-        text = x / x.norm(dim=-1, keepdim=True)
+        text = clips_features(random_clip, embedded, context, tokens.argmax(-1))
+        text = text / text.norm(dim=-1, keepdim=True)
         logits = random_clip.logit_scale.exp() * features[batch, 0] @ text.T
         optimiser.zero_grad()
         F.cross_entropy(logits, labels[batch]).backward()
@@ -142,7 +203,7 @@ def test_coop_is_mocoop_with_one_prompt_and_one_loss(run_train, tmp_path):
     same = "--shots 2 --epochs 4 --lr 0.02 --warm-up 1 --max-grad-norm 0 --out"
     run_train(f"--method coop {same}", tmp_path / "coop")
     one = ["--init", "a photo of a {}."]
-    parts = "--one-group --gate-weight 0 --text-weight 0 --top-k 1"
+    parts = "--one-group --full-stop --gate-weight 0 --text-weight 0 --top-k 1"
     run_train(f"{parts} {same}", tmp_path / "mocoop", *one)
     name = "prompts.context_before.0"
     assert torch.equal(learned(tmp_path / "coop")[name], learned(tmp_path / "mocoop")[name])
@@ -179,7 +240,7 @@ def test_cocoop_with_its_network_at_zero_is_coop(random_clip):
     for parameter in model.shift.parameters():
         parameter.data.zero_()
     model.prompts.set_classes(random_clip, NAMES)
-    plain = SoftPrompts(random_clip, ["a photo of a {}."])
+    plain = SoftPrompts(random_clip, ["a photo of a {}."], full_stop=True)
     plain.set_classes(random_clip, NAMES)
     expected = plain.text_features(random_clip)
     ours = model.text_features(unit(5, 64))
@@ -268,11 +329,14 @@ def test_the_mixture_may_have_cocoops_network(run_train, tmp_path):
     assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
 
 
-def test_tuned_layer_norms_are_part_of_the_run(run_train, tmp_path, cache, monkeypatch):
+@pytest.mark.parametrize("side, size", [("layer-norms", 4 * 2 * 2 * 128), ("prompts", 4 * 128)])
+def test_what_is_learned_of_the_images_is_part_of_the_run(
+    run_train, tmp_path, cache, monkeypatch, side, size
+):
     run_train("--shots 1 --epochs 1 --classes base")  # whatever is to be cached is
     before = sorted(cache.rglob("*"))
     save = train.save_torch
-    flags = "--shots 1 --epochs 3 --classes base --tune-visual-ln --out"
+    flags = f"--shots 1 --epochs 3 --classes base --image-side {side} --out"
     whole = run_train(flags, tmp_path / "whole")
 
     def save_and_die(content, path):
@@ -289,38 +353,45 @@ def test_tuned_layer_norms_are_part_of_the_run(run_train, tmp_path, cache, monke
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert parts["accuracy"] == whole["accuracy"]
     assert sorted(cache.rglob("*")) == before
-    norms = [name for name in a if name.startswith("visual_ln")]
-    assert len(norms) == 4 * 2 * 2  # layers, LayerNorms in each, weight and bias
+    assert sum(a[name].numel() for name in a if name.startswith("image_side")) == size
     again = eval.evaluate(tmp_path / "whole")
     for key in ("accuracy", "zero_shot_accuracy", "prompt_usage"):
         assert again[key] == whole[key]
 
 
-def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip):
-    config = config_of("--tune-visual-ln", "--epochs", 1, "--warm-up", 0)
-    import copy
-
+@pytest.mark.parametrize(
+    "side, epochs, rates",
+    [
+        ("layer-norms", 1, [0.032, 0.0032]),
+        ("layer-norms", 8, [1e-5, 1e-5]),  # the first of them warms up: the same for all
+        ("prompts", 1, [0.032]),
+    ],
+)
+def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip, side, epochs, rates):
+    config = config_of("--image-side", side, "--epochs", epochs, "--warm-up", epochs // 8)
     clip_model = copy.deepcopy(random_clip)
     groups = [["a photo of a {}."], ["{} texture."]]
     model = MoCoOp(clip_model, groups, config)
     model.prompts.set_classes(clip_model, NAMES)
     hard = template_features(clip_model, ["a photo of a {}.", "{} texture."], NAMES)
     images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    rates = []
+    found = []
 
     def live(batches, views, epoch):
         for batch in batches:
-            yield F.normalize(clip_model.encode_image(images[batch]), dim=-1)
+            yield F.normalize(encode_images(clip_model, images[batch], torch.float32), dim=-1)
 
     live.n_views = 1
     train.fit(
         model, config, groups, hard, slice(None), live, torch.arange(32) % 3,
-        lambda s: rates.extend(g["lr"] for g in s["optimiser"]["param_groups"]),
+        lambda s: found.extend(g["lr"] for g in s["optimiser"]["param_groups"]),
     )  # fmt: skip
-    assert rates == pytest.approx([0.032, 0.0032])
-    assert not torch.equal(
-        model.visual_ln[0].weight, random_clip.visual.transformer.resblocks[0].ln_1.weight
-    )
+    assert found[: len(rates)] == pytest.approx(rates)
+    first = clip_model.visual.transformer.resblocks[0].ln_1.weight
+    if side == "prompts":
+        assert clip_model.visual.prompts.grad.abs().max() > 0 and not first.requires_grad
+    else:
+        assert not torch.equal(first, random_clip.visual.transformer.resblocks[0].ln_1.weight)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +410,7 @@ def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip):
             "--gate-weight means nothing without a router that is trained",
         ),
         ("--method coop --text-scale 9", "--text-scale means nothing without a --text-weight"),
-        ("--tune-visual-ln --views 3", "--views means nothing without stored crops"),
+        ("--image-side layer-norms --views 3", "--views means nothing without stored crops"),
         ("--one-group --top-k 2", "--top-k 2 is above the number of prompts, 1"),
         ("--groups auto --n-groups 3 --top-k 4", "--top-k 4 is above the number of prompts, 3"),
         ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 20"),

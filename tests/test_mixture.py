@@ -207,7 +207,7 @@ def test_an_epoch_needs_no_number_from_the_device(model, random_clip, monkeypatc
     model.set_classes(NAMES)
     hard = template_features(random_clip, [t for group in groups for t in group], NAMES)
     sentences = model.prompts.sentences
-    for part in (sentences, *sentences.all):
+    for part in (sentences, *sentences.batches):
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor):
                 setattr(part, name, value.to("meta"))

@@ -28,7 +28,7 @@ def world_run(run_train, tmp_path):
 @pytest.fixture
 def photos(tmp_path):
     """An album with a sub-folder: one drawing per name."""
-    for i, name in enumerate(world.DOWNSTREAM[:3]):
+    for i, name in enumerate(world.SHAPES_CLASSES[:3]):
         file = tmp_path / f"album/{'deep/' * (i == 2)}{i} {name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         world.draw(*name.split(), "large", "in no list", "shapes").save(file)
@@ -83,7 +83,7 @@ def test_probabilities_and_weights_are_those_of_a_computation_apart(
 
 
 def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, monkeypatch, capsys):
-    deep = photos / f"deep/2 {world.DOWNSTREAM[2]}.png"
+    deep = photos / f"deep/2 {world.SHAPES_CLASSES[2]}.png"
     pattern = photos / "1*.png"
     status, lines, errors = command(
         monkeypatch, capsys, world_run, "--images", deep, pattern, photos

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import HERE
 
-from lib import text_encoder, tokens
+from lib import processes, text_encoder, tokens
 from lib.catalogue import DATASETS
 from lib.packing import join, pack
 from lib.templates import all_templates
 from prompts import SoftPrompts, template_features
-from tools.steps import encode_text, one_sentence_a_row
+from tools.steps import encode_text
 
 NAMES = ["cat", "sea", "Annual Crop Land", "long-sleeved t-shirt", "red star", "red ring"]
 EVERY_TEMPLATE = sorted({t for row in DATASETS.values() for t in all_templates(row.templates)})
@@ -45,14 +45,21 @@ def soft(model, templates, names=NAMES, chunk=None):
     return prompts
 
 
-def one_by_one(model, prompts):
-    """The prompts' text features without sharing anything, by the plain encoder."""
-    sentences = prompts.sentences
-    index, eot = one_sentence_a_row(sentences, model.context_length)
-    features = encode_text(
-        model, F.embedding(index, torch.cat([sentences.frozen, prompts.context()])), eot
-    )
-    return F.normalize(features, dim=-1).view(*sentences.shape, -1)
+def one_by_one(model, prompts, names=NAMES):
+    """The prompts' text features, each sentence by itself: tokens from `clip.tokenize`, with the
+    context in the place of the template's words."""
+    features = []
+    for template, before, after in zip(
+        prompts.templates, prompts.context_before, prompts.context_after
+    ):
+        tokens = clip.tokenize([template.rstrip(".").replace("{}", name) for name in names])
+        embedded, eot = model.token_embedding(tokens), tokens.argmax(dim=-1)
+        rows = []
+        for row, end in zip(embedded, eot.tolist()):
+            name = row[1 + len(before) : end - len(after)]
+            rows.append(torch.cat([row[:1], before, name, after, row[end:]]))
+        features.append(encode_text(model, torch.stack(rows), eot))
+    return F.normalize(torch.stack(features), dim=-1)
 
 
 def gradients(prompts, features):
@@ -81,7 +88,8 @@ def test_the_real_class_names_get_their_own_features(random_clip):
     for names in real_names().values():
         prompts = soft(random_clip, ["a photo of a {}, a type of flower.", "{}."], names)
         with torch.no_grad():
-            shared, plain = prompts.text_features(random_clip), one_by_one(random_clip, prompts)
+            shared = prompts.text_features(random_clip)
+            plain = one_by_one(random_clip, prompts, names)
         assert largest_difference(shared, plain) < 1e-5
 
 
@@ -162,9 +170,36 @@ def test_trees_of_many_sentences_take_several_rows():
     (piece,) = pack([{i: [0, 5, 6, 10 + i, 1] for i in range(200)}])
     assert len(piece.token) == 3 + 200 * 2
     assert len(piece.rows) > 5 and piece.rows.shape[1] < 100
+    in_rows = (piece.sees[:, 0].diagonal(dim1=1, dim2=2) == 0).sum()
+    assert in_rows == piece.rows.numel()  # every place sees itself, also where a row is too long
+    assert piece.rows.numel() < 1.5 * len(piece.token)
 
 
 # ----------------------------------------------------------------------- only some of the trees
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_processes_have_every_sentence_once(random_clip, monkeypatch, world, chunk):
+    prompts, found = soft(random_clip, EVERY_TEMPLATE[:3]), []
+    whole = prompts.text_features(random_clip)
+    monkeypatch.setattr(processes, "world", lambda: world)
+    for rank in range(world):  # of 8, two have no class
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        prompts.set_classes(random_clip, NAMES, chunk)
+        found += [n for batch in prompts.sentences.batches for n in batch.sentence.tolist()]
+    assert sorted(found) == list(range(whole.shape[0] * len(NAMES)))
+
+
+def test_some_prompts_and_sets_of_vectors_may_take_several_batches(random_clip):
+    prompts = soft(random_clip, EVERY_TEMPLATE[:4])
+    only, shift = [1, 3], 0.1 * torch.randn(3, 64)
+    expected = prompts.text_features(random_clip, shift=shift)
+    wanted = gradients(prompts, expected[:, only])
+    prompts.set_classes(random_clip, NAMES, chunk=4)
+    parts = prompts.text_features(random_clip, shift=shift, only=only)
+    assert largest_difference(parts[:, only], expected[:, only]) < 1e-5
+    assert largest_difference(gradients(prompts, parts[:, only]), wanted) < 1e-4
 
 
 def test_features_and_gradients_do_not_depend_on_the_chunk(random_clip):
@@ -173,15 +208,15 @@ def test_features_and_gradients_do_not_depend_on_the_chunk(random_clip):
     expected = gradients(prompts, whole)
     for chunk in (1, 4, 7, 20):
         prompts.set_classes(random_clip, NAMES, chunk)
-        assert len(prompts.sentences.all) > 1
-        assert all(len(piece) <= chunk for piece in prompts.sentences.all)
+        assert len(prompts.sentences.batches) > 1
+        assert all(len(piece.sentence) <= chunk for piece in prompts.sentences.batches)
         parts = prompts.text_features(random_clip)
         assert largest_difference(parts, whole) < 1e-5
         assert largest_difference(gradients(prompts, parts), expected) < 1e-4
 
 
 def saved_bytes(action):
-    """What autograd keeps for the backward pass, apart from parameters."""
+    """What autograd keeps for the backward pass."""
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault((t.data_ptr(), t.shape), t), lambda t: t

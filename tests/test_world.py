@@ -16,8 +16,45 @@ SHIFTED = ["shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"]
 
 def test_there_are_160_classes_of_which_20_are_downstream():
     assert len(world.CLASSES) == len(set(world.CLASSES)) == 160
-    assert len(world.DOWNSTREAM) == 20 and set(world.DOWNSTREAM) <= set(world.CLASSES)
-    assert sorted(world.DOWNSTREAM) == world.DOWNSTREAM
+    assert len(world.SHAPES_CLASSES) == 20 and set(world.SHAPES_CLASSES) <= set(world.CLASSES)
+    assert sorted(world.SHAPES_CLASSES) == world.SHAPES_CLASSES
+
+
+def test_the_other_tasks_are_different_in_kind():
+    tasks = world.TASKS
+    assert {name: len(classes) for name, classes in tasks.items()} == {
+        "shapes": 20, "shapes_fine": 20, "shapes_many": 40, "shapes_cold": 20
+    }  # fmt: skip
+    for classes in tasks.values():
+        assert set(classes) <= set(world.CLASSES) and classes == sorted(set(classes))
+    colours, shapes = zip(*(name.split() for name in tasks["shapes_fine"]))
+    assert len(set(colours)) == 5 and len(set(shapes)) == 4  # every colour in every shape
+    assert not set(tasks["shapes_cold"]) & set(tasks["shapes"])
+    for name, classes in tasks.items():
+        split = load_split(name, "anywhere")
+        assert split.class_names == classes
+        assert [len(part) for part in (split.train, split.val, split.test)] == [
+            64 * len(classes), 24 * len(classes), 120 * len(classes)
+        ]  # fmt: skip
+        assert template_groups(name) == template_groups("shapes")
+
+
+def test_the_cold_camera_is_cold_dull_and_noisy():
+    pixels = {
+        name: np.stack([
+            np.asarray(world.draw(*c.split(), "photo", "test/000", name)) for c in world.CLASSES
+        ]).astype(float)
+        for name in ("shapes", "shapes_cold")
+    }  # fmt: skip
+    warm, cold = pixels["shapes"], pixels["shapes_cold"]
+    assert warm[..., 0].mean() > warm[..., 2].mean() + 20
+    assert cold[..., 2].mean() > cold[..., 0].mean() + 10
+    assert cold.std() < 0.8 * warm.std()
+
+    def noise(images):  # between neighbouring rows
+        return np.abs(np.diff(images, axis=1)).mean()
+
+    assert noise(cold) > 1.2 * noise(warm)
 
 
 def test_every_style_has_a_template_group():
@@ -39,12 +76,12 @@ def test_the_few_shot_dataset_has_its_lists():
 @pytest.mark.parametrize("dataset", SHIFTED)
 def test_shifted_test_sets_have_the_same_classes_and_nothing_to_train_on(dataset):
     split = load_split(dataset, "anywhere")
-    assert split.class_names == world.DOWNSTREAM
+    assert split.class_names == world.SHAPES_CLASSES
     assert split.train == split.val == []
     assert len(split.test) == 20 * 120
 
 
-@pytest.mark.parametrize("dataset", ["shapes", *SHIFTED])
+@pytest.mark.parametrize("dataset", [*world.TASKS, *SHIFTED])
 def test_an_image_is_drawn_from_its_name_alone(dataset):
     split = load_split(dataset, "anywhere")
     for item in split.test[::400]:
@@ -55,10 +92,10 @@ def test_an_image_is_drawn_from_its_name_alone(dataset):
     assert not np.array_equal(first, second)
 
 
-def test_shifted_test_sets_differ_from_the_world_they_were_trained_in():
+def test_datasets_are_drawn_differently():
     drawn = [
         np.asarray(world.draw("red", "star", world.DATASETS[dataset][0], "test/000", dataset))
-        for dataset in ["shapes", *SHIFTED]
+        for dataset in [*world.TASKS, *SHIFTED]
     ]
     for i, image in enumerate(drawn):
         assert not any(np.array_equal(image, other) for other in drawn[:i])

@@ -31,6 +31,7 @@ from lib.flags import Parser, number
 from lib.pictures import save_figure
 from lib.tables import markdown
 from lib.text_encoder import CHUNK
+from lib.transformer import blocks_of
 from tools.steps import BATCH, VITS, Setting, clips_own, image_ways
 
 LAUNCH = 6e-6  # seconds that a GPU needs at least from one kernel to the next
@@ -79,7 +80,7 @@ def compare(ways, repeats, device):
     """Runs steps in turn: {name: {seconds, operations, plain_seconds}}, medians over the repeats.
 
     operations: multiplications and additions in the linear layers. plain_seconds: what the same
-    matrix products take alone.
+    matrix products take alone, one after the other.
     """
     counted, times = {}, collections.defaultdict(list)
     for name, (step, _) in ways.items():
@@ -89,17 +90,22 @@ def compare(ways, repeats, device):
     for m, k, n, dtype in set().union(*(c.products for c in counted.values())):
         make = partial(torch.randn, device=device, dtype=dtype)
         pairs[m, k, n, dtype] = make(m, k), make(n, k).T
+
+    def products_alone(counts):
+        for shape, count in counts.items():
+            for _ in range(count):
+                torch.mm(*pairs[shape])
+
     for _ in range(repeats):
         for name, (step, _) in ways.items():
             times[name].append(seconds(step))
-        for shape, pair in pairs.items():
-            times[shape].append(seconds(partial(torch.mm, *pair)))
+            times[name, "alone"].append(seconds(partial(products_alone, counted[name].products)))
     median = {key: statistics.median(values) for key, values in times.items()}
     return {
         name: {
             "seconds": median[name],
             "operations": c.flop,
-            "plain_seconds": sum(median[shape] * n for shape, n in c.products.items()),
+            "plain_seconds": median[name, "alone"],
         }
         for name, c in counted.items()
     }
@@ -125,6 +131,7 @@ def memory(size, way, device, **kwargs):
     """Prints the bytes that a step adds to what the process has before it, and its seconds."""
     setting = Setting(size, torch.device(device), **kwargs)
     step = setting.ways()[way][0]
+    blocks_of(setting.clip_model.transformer, setting.dtype)  # part of the model
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -174,7 +181,7 @@ def steps_table(size, repeats, device):
         row = result[name]
         row["tokens"] = tokens
         if "CoOp" not in name:
-            call = f"memory({size!r}, {name!r}, {device.type!r})"
+            call = f"memory({size!r}, {name!r}, {str(device)!r})"
             row["added_bytes"] = in_fresh_process(call)["added_bytes"]
         rows.append(
             [
@@ -209,7 +216,7 @@ def processes_table(repeats):
 def imagenet_table(device):
     """One step of 20 prompts x 1,000 classes, in a fresh process."""
     result = in_fresh_process(
-        f"memory('imagenet', 'QuickGELU as silu', {device.type!r}, n_classes=1000)"
+        f"memory('imagenet', 'QuickGELU as silu', {str(device)!r}, n_classes=1000)"
     )
     epoch = result["seconds"] * 16 * 1000 / BATCH
     print("\nimagenet: 20 x 1000 sentences, batch of 32, in chunks\n")
@@ -221,9 +228,9 @@ def imagenet_table(device):
 # What the operations of a step are, by their names.
 PARTS = {
     "matrix products": ("addmm", "mm"),
-    "attention": ("scaled_dot_product", "bmm", "softmax"),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
     "QuickGELU": ("silu",),
-    "LayerNorm": ("layer_norm",),
+    "LayerNorm": ("native_layer_norm",),
     "moving places to rows and back": ("index", "scatter", "gather"),
     "copies and zeros": ("copy_", "fill_", "cat", "zero_"),
     "residuals": ("add",),
@@ -234,12 +241,16 @@ def parts_table(size, repeats, device):
     """Where the time of our step goes, operation by operation: {part: seconds per step}."""
     step = Setting(size, device).step
     step()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says what it does
     with torch.profiler.profile() as profiler:
         took = statistics.median(seconds(step) for _ in range(repeats))
     parts = dict.fromkeys([*PARTS, "all else"], 0.0)
+    on_gpu = device.type == "cuda"
     for event in profiler.key_averages():
-        on_gpu = event.self_device_time_total if device.type == "cuda" else 0
-        own = (on_gpu or event.self_cpu_time_total) / 1e6 / repeats
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
+            continue  # a kernel: its time stands with the operation that launched it
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        own /= 1e6 * repeats
         name = event.key.removeprefix("aten::")
         whose = (p for p, starts in PARTS.items() if name.lstrip("_").startswith(starts))
         parts[next(whose, "all else")] += own
@@ -277,11 +288,10 @@ def launches_table():
         # In one piece their number does not depend on the classes: ten do, and products in
         # proportion.
         few, all_ = (Setting(size, torch.device("cpu"), n_classes=c) for c in (10, n_classes))
-        with (
-            mock.patch.object(processes, "mixed_dtype", lambda device: torch.bfloat16),
-            Operations() as counted,
-        ):
-            few.step()
+        with mock.patch.object(processes, "mixed_dtype", lambda device: torch.bfloat16):
+            few.step()  # the first makes the blocks ready
+            with Operations() as counted:
+                few.step()
         n, flop = counted.launches, counted.flop * all_.places() / few.places()
         took = n * LAUNCH + flop / RATE
         result[size] = {"launches": n, "flop": flop, "estimated_seconds": took}
@@ -294,10 +304,10 @@ def launches_table():
 def growth(repeats, device, picture):
     """The time of a step against the number of classes and of prompts, and its picture."""
     sizes = [(1, c) for c in (10, 30, 100, 300, 1000)] + [(g, 100) for g in (2, 5, 10, 20)]
-    settings = [Setting("imagenet", device, [["a photo of a {}."]] * g, c) for g, c in sizes]
-    for setting in settings:
-        setting.clip_model = settings[0].clip_model  # one is enough
-        setting.model.__dict__["clip_model"] = setting.clip_model
+    clip_model = Setting("imagenet", device, n_classes=1).clip_model  # one for all
+    settings = [
+        Setting("imagenet", device, [["a photo of a {}."]] * g, c, clip_model) for g, c in sizes
+    ]
     times = [[] for _ in sizes]
     for _ in range(repeats):
         for setting, own_times in zip(settings, times):

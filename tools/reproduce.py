@@ -1,125 +1,184 @@
-"""Every table and picture of the numbers on the built-in world (docs/RESULTS.md).
+"""Every number and picture on the built-in world (docs/RESULTS.md).
 
-    python -m tools.reproduce        # within an hour on two cores; finished runs are skipped
+    python -m tools.reproduce            # 100 minutes on two cores; may be stopped and resumed
+    python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
+    python -m tools.reproduce --again    # a tenth of the runs once more: the same to the last digit
 
-Runs go to out/shapes, with what `eval.py --table` and `--plots` make of them. Settings are the
-published ones. The last runs try other learning rates, as many for each method, to be compared by
-their accuracy on validation images.
+Runs go to out/. Settings are the published ones. Hyper-parameters were chosen on validation images
+of `shapes`; no method was run on the other three tasks before all was settled.
 """
 
+import argparse
 import contextlib
 import io
 import json
 import multiprocessing
 import os
+import random
+import shutil
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import eval
 import train
+from lib.errors import BadInput, exit_on_bad_input
 from lib.flags import make_parser
-from lib.metrics import mean_std
 from lib.pictures import draw_pictures
-from lib.runs import find_runs
-from lib.tables import markdown, runs_table
+from lib.world import TASKS
+from tools import results
+from tools.why import why
 
-SEEDS = 1, 2, 3, 4, 5
+SEEDS = 1, 2, 3, 4, 5  # of `shapes`; the other tasks have the first three
 SHOTS = 1, 2, 4, 8, 16
 LEARNED = "linear", "coop", "cocoop", "lasp", "mocoop"
-SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
 ABLATIONS = (
     *("--gate-weight 0", "--text-weight 0", "--router uniform", "--router frozen"),
     *("--top-k 1", "--top-k 4", "--top-k 8", "--init random", "--one-group", "--groups auto"),
     *("--text-bias", "--text-scale 100", "--text-target templates", "--max-grad-norm 0"),
-    *("--text-weight 25", "--epochs 25", "--epochs 100"),
+    *("--text-weight 25", "--epochs 25", "--epochs 100", "--full-stop"),
 )
 RATES = 0.3, 3  # times the method's own
 
 
 def jobs():
-    """(flags, [what to evaluate the run on afterwards])."""
-    new = [{"classes": "new"}]
-    shifted = [{"dataset": dataset} for dataset in SHIFTED]
+    """The flags of every run."""
     for seed in SEEDS:
         for method in LEARNED:
             for shots in SHOTS:
-                targets = shifted if shots == 16 else []
-                yield f"--method {method} --shots {shots} --seed {seed}", targets
-        for method in LEARNED:
-            targets = new if method != "linear" else []  # it cannot know new classes
-            yield f"--method {method} --seed {seed} --classes base", targets
-        yield f"--method mocoop --shots 4 --seed {seed} --classes base", new
-    for flags in ABLATIONS:
-        for seed in SEEDS:
-            yield f"{flags} --seed {seed}", shifted
-            yield f"{flags} --seed {seed} --classes base", new
-    for method in LEARNED[1:]:
-        for rate in RATES:
-            for seed in SEEDS:
-                default = train.FLAGS["method: training"]["lr"][0]
+                yield f"--method {method} --shots {shots} --seed {seed}"
+            yield f"--method {method} --seed {seed} --classes base"
+        yield f"--method mocoop --shots 4 --seed {seed} --classes base"
+        for flags in ABLATIONS:
+            yield f"{flags} --seed {seed}"
+            yield f"{flags} --seed {seed} --classes base"
+        for method in LEARNED[1:]:
+            default = train.FLAGS["method: training"]["lr"][0]
+            for rate in RATES:
                 lr = train.METHODS[method].get("lr", default) * rate
-                yield f"--method {method} --lr {lr:.3g} --seed {seed}", []
+                yield f"--method {method} --lr {lr:.3g} --seed {seed}"
+    for seed in results.SEEDS:
+        for task in TASKS:
+            for classes in ("all", "base"):
+                own = f"--dataset {task} --classes {classes} --seed {seed}"
+                if task != "shapes":
+                    yield from (f"--method {method} {own}" for method in LEARNED)
+                for method in ("mocoop", "coop"):
+                    for side in ("layer-norms", "prompts"):
+                        yield f"--method {method} --image-side {side} {own}"
 
 
-def run_job(flags, targets):
-    """One run and its evaluations, if they are not there yet; returns what to print."""
+def evaluations(config):
+    """What to evaluate a run on: base runs on the new classes, others of `shapes` with 16 shots on
+    the shifted sets."""
+    if config["classes"] == "base" and config["classifier"] != "linear":  # it cannot know others
+        return [{"classes": "new"}]
+    if config["dataset"] == "shapes" and config["classes"] == "all" and config["shots"] == 16:
+        return [{"dataset": dataset} for dataset in results.SHIFTED]
+    return []
+
+
+def is_plain_base_run(config, folder):
+    return config["classes"] == "base" and folder.name.startswith("mocoop_16shot")
+
+
+def run_job(flags, again=False):
+    """One run and its evaluations, as far as they are not there yet: a line of results.jsonl.
+    again: from the start, in another folder."""
     torch.set_num_threads(1)
-    start = time.time()
     with contextlib.redirect_stdout(io.StringIO()):
         parser = make_parser(__doc__, train.FLAGS, train.METHODS)
         config, groups, folder, _ = train.resolve(parser.parse_args(flags.split()))
+        if again:
+            folder = Path("out", "again", folder.relative_to("out"))
+            shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "result.json").exists():
             train.train(config, groups, folder, resume=(folder / "resume.pt").exists())
-        for target in targets:
-            name = f"{target.get('dataset', 'shapes')}_{target.get('classes', 'all')}"
+        for target in evaluations(config):
+            name = f"{target.get('dataset', config['dataset'])}_{target.get('classes', 'all')}"
             if not (folder / f"eval_{name}.json").exists():
                 eval.evaluate(folder, **target)
-    result = json.loads((folder / "result.json").read_text())
-    return f"{result['accuracy']:6.2f} %  {time.time() - start:4.0f} s  {flags}"
+        if is_plain_base_run(config, folder) and not (folder / "why.json").exists():
+            shifted = results.SHIFTED if config["dataset"] == "shapes" else ()
+            why(folder, shifted)
+    read = [json.loads(file.read_text()) for file in sorted(folder.glob("eval_*.json"))]
+    parts = folder / "why.json"
+    return results.compact(
+        json.loads((folder / "result.json").read_text()),
+        read,
+        json.loads(parts.read_text()) if parts.exists() else None,
+    )
 
 
-def by_validation(runs):
-    """All prompt methods and settings at 4 and 16 shots, in Markdown: the mean accuracy on
-    validation images, which is what to choose by, and on test images; and how much of a style's
-    weight goes to its own prompt, where there is one per style."""
-    found = defaultdict(list)
-    for result, evaluations in runs:
-        if not result["n_prompts"] or result["shots"] not in (4, 16):
-            continue
-        new = [e["accuracy"] for e in evaluations if e["classes"] == "new"]
-        share = np.array(result["router"]["share"])
-        own = [100 * np.trace(share) / len(share)] if share.shape[0] == share.shape[1] else []
-        key = result["classes"], result["shots"], result["label"]
-        found[key].append((result["val_accuracy"], result["accuracy"], new, own))
-    heading = "classes", "shots", "method", "seeds", "val", "test", "new", "own prompt's share"
-    lines = [heading]
-    for key, numbers in sorted(found.items()):
-        columns = [np.hstack(column) for column in zip(*numbers)]
-        cells = ["{:.1f} ± {:.1f}".format(*mean_std(c)) if len(c) else "" for c in columns]
-        lines.append([*key, len(numbers), *cells])
-    return markdown(lines)
-
-
-def main():
-    n_jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    todo = list(jobs())
-    run_job(*todo[0])  # encodes what all share
+def run_all(todo, again=False):
+    """{flags: line}, in the order of `todo`. Prints how many are done, and the time that is left if
+    the rest takes as long as what was done."""
+    n_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    start, lines = time.time(), {}
+    mixed = random.Random(0).sample(todo, len(todo))  # slow runs come anywhere
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_jobs, mp_context=spawn) as pool:
-        done = [pool.submit(run_job, *job) for job in todo]
-        for i, job in enumerate(as_completed(done), 1):
-            print(f"{i:3d}/{len(todo)}  {job.result()}", flush=True)
-    folder = Path("out", "shapes")
-    runs = find_runs(folder)
-    tables = f"{runs_table(runs)}\n\n{by_validation(runs)}\n"
-    (folder / "tables.md").write_text(tables, encoding="utf-8")
-    print(f"saved in {folder}: tables.md, {', '.join(draw_pictures(runs, folder))}")
+    with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
+        futures = {pool.submit(run_job, flags, again): flags for flags in mixed}
+        try:
+            for n, future in enumerate(as_completed(futures), 1):
+                flags = futures[future]
+                lines[flags] = future.result()
+                minutes = (time.time() - start) / 60
+                print(
+                    f"{n:3d}/{len(todo)}  {minutes:4.0f} min, {minutes / n * (len(todo) - n):4.0f}"
+                    f" left  {lines[flags][0]['accuracy']:6.2f} %  {flags}",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {flags: lines[flags] for flags in todo}
+
+
+def without_times(line):
+    result, others, parts = line
+    return [{k: v for k, v in result.items() if k != "train_seconds"}, others, parts]
+
+
+def run_again(todo):
+    """A tenth of the runs once more. Raises BadInput unless they give the same."""
+    tenth = random.Random(1).sample(todo, len(todo) // 10)
+    first = run_all(tenth)
+    second = run_all(tenth, again=True)
+    for flags in tenth:
+        if without_times(first[flags]) != without_times(second[flags]):
+            raise BadInput(f"train.py {flags} gave something else than before")
+    print(f"{len(tenth)} of {len(todo)} runs, taken again, gave the same to the last digit")
+
+
+def write_tables(lines):
+    """Fills docs/RESULTS.md, and draws assets/few_shot.png, router.png, usage.png, ablation.png."""
+    page = results.PAGE.read_text(encoding="utf-8")
+    results.PAGE.write_text(results.filled(page, results.tables(lines)), encoding="utf-8")
+    shapes = [line[:2] for line in lines if line[0]["dataset"] == "shapes"]
+    shapes = [run for run in shapes if "image_side" not in run[0]["changed_flags"]]
+    drawn = draw_pictures(shapes, Path("assets"))
+    print(f"saved: {results.PAGE}, assets/{', assets/'.join(drawn)}")
+
+
+def run_command_line():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tables", action="store_true", help="only tables and pictures, no runs")
+    parser.add_argument("--again", action="store_true", help="a tenth of the runs once more")
+    args = parser.parse_args()
+    todo = list(jobs())
+    if args.again:
+        run_again(todo)
+        return
+    if not args.tables:
+        start = time.time()
+        lines = list(run_all(todo).values())
+        print(f"{len(lines)} runs in {(time.time() - start) / 60:.0f} minutes")
+        results.save_results(lines, results.RESULTS)
+    write_tables(results.load_results())
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_bad_input(run_command_line)

@@ -5,6 +5,7 @@ names of `ucf101` and `imagenet` are made up, as long as UCF101's real ones.
 """
 
 import contextlib
+import functools
 import random
 from functools import partial
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from clip.model import CLIP
 
-from lib import processes, world
+from lib import flags, processes, world
 from lib.catalogue import template_groups
 from lib.clip_model import load_clip
 from lib.image_encoder import encode_images
@@ -22,7 +23,7 @@ from lib.packing import Piece
 from lib.transformer import Block, blocks_of
 from losses import gate_loss, image_loss, text_loss
 from router import gate_target
-from train import FLAGS, MoCoOp, flags
+from train import FLAGS, MoCoOp
 
 BATCH = 32
 EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
@@ -39,7 +40,7 @@ VITS = {  # width, layers, size of a patch, images at a time
 
 def class_names(size, n_classes):
     if size == "shapes":
-        return world.DOWNSTREAM
+        return world.SHAPES_CLASSES
     if size == "eurosat":
         return [name.strip() for name in EUROSAT.split(",")]
     rng = random.Random(0)
@@ -53,7 +54,7 @@ def one_sentence_a_row(sentences, length):
     (N, length), EOT (N,)."""
     n = sentences.shape[0] * sentences.shape[1]
     index, eot = torch.zeros(n, length, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    for piece in sentences.all:
+    for piece in sentences.batches:
         row_length = piece.rows.shape[1]
         for sentence, end in zip(piece.sentence.tolist(), piece.ends.tolist()):
             row, i = divmod(piece.first[end].item(), row_length)
@@ -113,14 +114,20 @@ def whole_rows(piece):
 def clips_gelu(clip_model, dtype):
     """Inside, the text encoder's blocks compute QuickGELU as clip does."""
     ready = blocks_of(clip_model.transformer, dtype)
-    kept = ready[:]
-    ready[:] = [Block(block, dtype, factor=1.0) for block in clip_model.transformer.resblocks]
-    for block in ready:
-        block.activation = clip.model.QuickGELU()
+    ours = ready[:]
+    ready[:] = _blocks_before(clip_model, dtype)
     try:
         yield
     finally:
-        ready[:] = kept
+        ready[:] = ours
+
+
+@functools.cache
+def _blocks_before(clip_model, dtype):
+    blocks = [Block(block, dtype, factor=1.0) for block in clip_model.transformer.resblocks]
+    for block in blocks:
+        block.activation = clip.model.QuickGELU()
+    return blocks
 
 
 def image_ways(width, layers, patch, n, device):
@@ -134,7 +141,7 @@ def image_ways(width, layers, patch, n, device):
 
     def every_place(block, x):  # in the last layer, too
         mixed = block.attend(*block.queries_keys_values(x).chunk(3, dim=-1))
-        return block.rest(x, mixed)[:, 0]
+        return block.after_attention(x, mixed)[:, 0]
 
     @torch.no_grad()
     def clips():
@@ -156,11 +163,14 @@ def image_ways(width, layers, patch, n, device):
 class Setting:
     """A model, prompts and a batch of one size, to take steps on."""
 
-    def __init__(self, size, device, groups=None, n_classes=101):
+    def __init__(self, size, device, groups=None, n_classes=101, clip_model=None):
         """size: `shapes`, `eurosat`, `ucf101` or `imagenet`. groups: of templates; None for the
-        dataset's own. n_classes: how many names to make up."""
+        dataset's own. n_classes: how many names to make up. clip_model: to use, None for a new
+        one."""
         torch.manual_seed(0)
-        if size == "shapes":
+        if clip_model is not None:
+            self.clip_model = clip_model
+        elif size == "shapes":
             self.clip_model = load_clip("bundled", device)[0]
         else:
             self.clip_model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).float()
@@ -220,20 +230,21 @@ class Setting:
     def before(self, layout):
         """A step of ours with clip's own QuickGELU. layout: of a piece, how to lay it out."""
         sentences = self.model.prompts.sentences
-        pieces = sentences.all
-        sentences.all = [layout(piece) for piece in pieces]
-        with clips_gelu(self.clip_model, self.dtype):
+        before = [layout(batch) for batch in sentences.batches]
+        with (
+            mock.patch.object(sentences, "batches", before),
+            clips_gelu(self.clip_model, self.dtype),
+        ):
             self.step()
-        sentences.all = pieces
 
     def places(self):
         """How many places the text encoder computes in a step."""
-        return sum(len(piece.token) for piece in self.model.prompts.sentences.all)
+        return sum(len(batch.token) for batch in self.model.prompts.sentences.batches)
 
     def ways(self):
         """{name: (step, tokens that the text encoder computes)}, each with one more idea."""
         to_eot, whole = int(self.eot.max()) + 1, self.clip_model.context_length
-        n, pieces = len(self.eot), self.model.prompts.sentences.all
+        n, batches = len(self.eot), self.model.prompts.sentences.batches
 
         def plain(encode, length, **options):
             text = partial(self.one_a_row, encode, length)
@@ -246,7 +257,7 @@ class Setting:
             "attention in one kernel": plain(encode_text, to_eot),
             "shared beginnings": (
                 partial(self.before, whole_rows),
-                sum(piece.rows.numel() for piece in pieces),
+                sum(batch.rows.numel() for batch in batches),
             ),
             "each place once": (partial(self.before, lambda piece: piece), self.places()),
             "QuickGELU as silu": (self.step, self.places()),
