@@ -1,6 +1,6 @@
 """Train a mixture of prompts for CLIP (MoCoOp, arXiv 2409.12011).
 
-    python train.py                                  # the built-in world: no network, 20 seconds
+    python train.py                                  # the built-in world: no network, 13 seconds
     python train.py --dataset eurosat --shots 4      # downloads CLIP ViT-B/16 and EuroSAT if absent
     python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
     python train.py --resume ...                     # go on with the run that the flags name

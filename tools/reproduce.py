@@ -80,8 +80,8 @@ def evaluations(config):
     return []
 
 
-def is_plain_base_run(config, folder):
-    return config["classes"] == "base" and folder.name.startswith("mocoop_16shot")
+def is_to_be_taken_apart(folder):
+    return folder.name.startswith(("mocoop_16shot_base", "coop_16shot_base"))
 
 
 def run_job(flags, again=False):
@@ -100,7 +100,7 @@ def run_job(flags, again=False):
             name = f"{target.get('dataset', config['dataset'])}_{target.get('classes', 'all')}"
             if not (folder / f"eval_{name}.json").exists():
                 eval.evaluate(folder, **target)
-        if is_plain_base_run(config, folder) and not (folder / "why.json").exists():
+        if is_to_be_taken_apart(folder) and not (folder / "why.json").exists():
             shifted = results.SHIFTED if config["dataset"] == "shapes" else ()
             why(folder, shifted)
     read = [json.loads(file.read_text()) for file in sorted(folder.glob("eval_*.json"))]

@@ -233,9 +233,13 @@ def images_table(numbers, lines):
 def why_table(lines):
     """Accuracy with parts of the trained mixture exchanged, on base and on new classes, by task."""
     found = defaultdict(lambda: defaultdict(list))
-    for result, _, parts in lines:
-        for classes in ("base", "new") if parts else ():
+    for result, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
+        for classes in ("base", "new") if parts and result["seed"] in SEEDS else ():
             for way, value in parts[classes]["accuracy"].items():
+                if result["method"] == "coop":  # one prompt, so no routing
+                    way = f"CoOp: {way.removeprefix('router, ')}"
+                    if way.count(","):
+                        continue
                 found[way][result["dataset"], classes].append(value)
     columns = [(task, classes) for classes in ("base", "new") for task in TASKS]
     rows = []
@@ -251,7 +255,7 @@ def gate_table(lines):
     """What the gate does, and how far apart the classes are, by what is looked at."""
     found = defaultdict(lambda: defaultdict(list))
     for result, _, parts in lines:
-        for name, part in (parts or {}).items():
+        for name, part in (parts if parts and result["method"] == "mocoop" else {}).items():
             what = f"{result['dataset']}, {name}" if name in ("base", "new") else name
             for key, value in (part["gate"] | part["classes"]).items():
                 found[what][key].append(value)
