@@ -12,11 +12,12 @@ from conftest import HERE, parse
 
 import eval
 import train
+from data import load_split
 from lib import grouping
 from lib.catalogue import DATASETS, template_groups
 from lib.errors import BadInput
 from lib.image_encoder import encode_images
-from lib.images import StoredFeatures
+from lib.images import StoredFeatures, as_clip_reads, preprocess
 from lib.probe import linear_probe, logistic_regression
 from lib.templates import all_templates
 from prompts import SoftPrompts, template_features
@@ -93,6 +94,22 @@ def test_the_probes_strength_is_chosen_on_validation_images():
         assert best >= accuracy(*logistic_regression(features, labels, 2, 10.0**exponent))
     again = logistic_regression(features, labels, 2, c)
     assert torch.allclose(again[0], weight, atol=1e-4)
+
+
+def test_the_linear_probe_takes_features_as_long_as_clip_makes_them(run_train, tmp_path):
+    result = run_train("--method linear --shots 2")
+    run, split = eval.load_run(tmp_path / "run"), load_split("shapes", "anywhere")
+    images = [split.open(item.path) for item in split.test[::8]]
+    pixels = as_clip_reads([preprocess(image, 32) for image in images], torch.device("cpu"))
+    raw = run.clip_model.encode_image(pixels)  # clip's own
+    assert (raw.norm(dim=-1) - 1).abs().min() > 0.5
+    assert torch.allclose(run.photo_features(images), raw, atol=1e-3)
+    expected = raw @ run.model.weight.T + run.model.bias
+    _, probabilities, _ = run.classify(images)
+    assert torch.allclose(probabilities, expected.softmax(dim=-1), atol=1e-4)
+    right = (expected.argmax(dim=-1) == split.labels(split.test[::8])).float().mean()
+    assert abs(100 * right - result["accuracy"]) < 6  # an eighth of the images
+    assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
 
 
 def test_a_probe_knows_its_own_classes_alone(run_train, tmp_path):

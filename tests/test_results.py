@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from conftest import parse
 
 import eval
+import train
 from data import load_split
 from lib.metrics import harmonic_mean
 from lib.world import TASKS
-from tools import results
+from tools import reproduce, results
 from tools.why import take_apart
 
 
@@ -115,3 +117,31 @@ def test_a_mixture_is_taken_apart_into_what_it_was(run_train, tmp_path):
     cosines = parts["classes"]
     assert all(-1 < value < 1 for value in cosines.values())
     assert cosines["cosine of prompt and prototype"] > cosines["cosine of two classes, prompts"]
+
+
+def test_every_run_of_the_reproduction_is_one_that_train_takes_and_none_is_made_twice():
+    folders = set()
+    for flags in reproduce.jobs():
+        config, _, folder, _ = train.resolve(parse(flags.split()))
+        folders.add(folder)
+        evaluated = [(t.get("dataset"), t.get("classes")) for t in reproduce.evaluations(config)]
+        if config["classes"] == "base":
+            new = [] if config["method"] == "linear" else [(None, "new")]
+            assert evaluated == new
+    assert len(folders) == len(list(reproduce.jobs())) > 500
+
+
+def test_a_run_is_made_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--method mocoop --shots 1 --epochs 1 --classes base"
+    monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(reproduce, "is_to_be_taken_apart", lambda folder: True)
+    monkeypatch.setattr(reproduce.results, "SHIFTED", ())
+    first = reproduce.run_job(flags)
+    assert [e["classes"] for e in first[1]] == ["new"] and set(first[2]) == {"base", "new"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", None)  # what is there is not made again
+        patch.setattr(eval, "evaluate", None)
+        assert reproduce.run_job(flags) == first
+    again = reproduce.run_job(flags, again=True)
+    assert reproduce.without_times(again)[:2] == reproduce.without_times(first)[:2]
