@@ -149,8 +149,9 @@ def draw_sheet(path):
     """The README's picture of the world: one row per style, the shifted test sets below."""
     rows = [(None, style) for style in STYLES]
     rows += [(name, style) for name in DATASETS for style in DATASETS[name]]
-    # Datasets in the styles that the CLIP has seen: one row each.
+    # Datasets in the styles that the CLIP has seen: one row each, and one for each camera.
     rows = [(name, s) for name, s in rows if not name or s == "photo" or s not in STYLES]
+    rows = [row for row in rows if row[0] not in ("shapes_fine", "shapes_many")]
     cell, margin = 2 * (SIZE + 2), 130
     sheet = Image.new("RGB", (margin + cell * len(SHAPES), cell * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
