@@ -266,30 +266,33 @@ class StoredFeatures:
 
 
 class LiveFeatures:
-    """Features encoded in every step, of images cropped anew in every epoch."""
+    """Features encoded in every step, of images cropped anew in every epoch; drawn images stay as
+    they are, and are drawn once."""
 
     n_views = 1
 
     def __init__(self, clip_model, split, cropped):
         print("the image encoder learns, too: images are encoded in every step")
         self.clip_model, self.split, self.cropped = clip_model, split, cropped
+        self.drawn = {}
 
     def __call__(self, batches, views, epoch):
         size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
-        view = epoch if self.cropped else None
         rank, world = processes.rank(), processes.world()
 
-        def load_or_error(*item):  # an error goes to all processes, so that all end with it
+        def load_or_error(path):  # an error goes to all processes, so that all end with it
             try:
-                return load_image(*item)
+                if self.cropped:
+                    return load_image(self.split, path, epoch, size)
+                if path not in self.drawn:
+                    self.drawn[path] = load_image(self.split, path, None, size)
+                return self.drawn[path]
             except BadInput as error:
                 return error
 
         # Each process loads its share of every batch; all encode the whole batch.
-        own = [
-            [(self.split, self.split.train[i].path, view, size) for i in batch[rank::world]]
-            for batch in batches
-        ]
+        paths = [item.path for item in self.split.train]
+        own = [[(paths[i],) for i in batch[rank::world].tolist()] for batch in batches]
         for batch, (_, loaded) in zip(batches, _one_ahead(load_or_error, own)):
             images = [None] * len(batch)
             for r, part in enumerate(processes.gather(loaded)):
