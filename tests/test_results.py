@@ -86,7 +86,7 @@ def test_methods_are_compared_run_by_run(lines):
 
 
 def test_ablations_are_differences_to_the_published_setting_of_the_same_seed(lines):
-    row = cells(results.ablation_table(results.Numbers(lines)), ["top k1"])
+    row = cells(results.ablation_table(results.Numbers(lines), lines), ["`--top-k 1`"])
     assert row[0] == "-4.0 ± 1.0"  # 5 and 3 less than 80
 
 

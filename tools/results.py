@@ -167,15 +167,16 @@ def paired_table(numbers):
     return markdown([heading, *rows])
 
 
-def ablation_table(numbers):
+def ablation_table(numbers, lines):
     """Each changed flag less the published setting, seed by seed, sorted by the effect on all."""
+    changed = {line[0]["label"]: line[0]["changed_flags"] for line in lines}
     plain = numbers.measures("shapes", "mocoop")
     targets = "shapes_sketch", "shapes_r"
     rows = []
     for dataset, classes, label, shots in numbers.rows:
         if (dataset, classes, shots) != ("shapes", "all", 16) or not label.startswith("mocoop-"):
             continue
-        if "-lr" in label or "image_side" in label:
+        if changed[label].keys() & {"lr", "image_side"}:
             continue
         own = numbers.measures("shapes", label)
         effects = {m: differences(own[m], plain[m]) for m in own}
@@ -183,14 +184,21 @@ def ablation_table(numbers):
             columns = (numbers("shapes", "all", name, 16, target) for name in (label, "mocoop"))
             effects[target] = differences(*columns)
         rows.append((np.mean(list(effects["all"].values())), label, effects))
-    lines = [["less the published setting", "all", "base", "new", "H", *targets]]
+    table = [["less the published setting", "all", "base", "new", "H", *targets]]
     for _, label, effects in sorted(rows, key=lambda row: row[0]):
-        lines.append([_flags(label), *(cell(e, signed=True) for e in effects.values())])
-    return markdown(lines)
+        cells = [cell(effect, signed=True) for effect in effects.values()]
+        table.append([f"`{_flags(changed[label])}`", *cells])
+    return markdown(table)
 
 
-def _flags(label):
-    return label.removeprefix("mocoop-").replace("_", " ")
+def _flags(changed):
+    """Changed flags as on a command line."""
+    words = []
+    for flag, value in changed.items():
+        name = flag.replace("_", "-")
+        on_off = {True: [f"--{name}"], False: [f"--no-{name}"]}
+        words += on_off[value] if isinstance(value, bool) else [f"--{name}", f"{value}"]
+    return " ".join(words)
 
 
 def rates_table(lines):
@@ -225,7 +233,8 @@ def images_table(numbers, lines):
             took = [np.mean(seconds[task, label]) for task in TASKS if seconds[task, label]]
             learned = side.removeprefix("-image_side") or "nothing"
             cells = [cell(means[m]) for m in ("all", "base", "new", "H")]
-            rows.append([NAMES[method], learned, *cells, *singly, f"{np.mean(took):.0f}"])
+            took = f"{np.mean(took):.0f}" if took else "–"
+            rows.append([NAMES[method], learned, *cells, *singly, took])
     heading = ["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS, "s"]
     return markdown([heading, *rows])
 
@@ -273,7 +282,7 @@ def tables(lines):
         "paired": paired_table(numbers),
         "tasks": tasks_table(numbers),
         "shifted": shifted_table(numbers),
-        "ablations": ablation_table(numbers),
+        "ablations": ablation_table(numbers, lines),
         "rates": rates_table(lines),
         "images": images_table(numbers, lines),
         "why": why_table(lines),
