@@ -197,7 +197,11 @@ def _flags(changed):
     for flag, value in changed.items():
         name = flag.replace("_", "-")
         on_off = {True: [f"--{name}"], False: [f"--no-{name}"]}
-        words += on_off[value] if isinstance(value, bool) else [f"--{name}", f"{value}"]
+        words += (
+            on_off[value]
+            if isinstance(value, bool)
+            else [f"--{name}", f"{value:g}" if isinstance(value, float) else f"{value}"]
+        )
     return " ".join(words)
 
 
