@@ -25,6 +25,7 @@ from lib.clip_model import load_clip
 from lib.errors import BadInput, exit_on_bad_input
 from lib.files import read_torch_file
 from lib.flags import Parser
+from lib.image_encoder import attach
 from lib.images import image_features, photo_features
 from lib.photos import check_outputs, find_photos, open_photos, read_names, write_csv
 from lib.probe import ClassVectors
@@ -113,6 +114,8 @@ def load_run(folder, clip=None, device=None):
         else:
             model = ClassVectors(class_names, torch.empty_like(state["weight"]))
         model.load_state_dict(state)
+        if config["classifier"] == "prompts":
+            attach(clip_model, model.image_side)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()

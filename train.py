@@ -33,7 +33,7 @@ from lib.errors import BadInput, exit_on_bad_input
 from lib.files import full_path
 from lib.flags import number
 from lib.grouping import group_templates
-from lib.image_encoder import SIDES, learnable_part
+from lib.image_encoder import SIDES, attach, learnable_part
 from lib.images import image_features, training_features
 from lib.probe import fit_probe
 from lib.progress import Progress, nothing_left_if_diverged
@@ -450,6 +450,7 @@ def train_here(config, groups, folder, resume, device):
     labels = [split.labels(items).to(device) for items in (split.train, split.val)]
     if config["classifier"] == "prompts":
         views, live = split.views(config["views"]), learns_images(config)
+        attach(clip_model, model.image_side)  # not before: baselines are CLIP's as it was
         features = training_features(clip_model, fingerprint, split, views, live)
         with nothing_left_if_diverged(folder):
             seconds, usage = fit(

@@ -43,8 +43,8 @@ def is_transformer(clip_model):
 
 
 def learnable_part(clip_model, side):
-    """What `--image-side` learns in the image encoder, a module of parameters that are the
-    encoder's own from now on; None for `frozen`.
+    """What `--image-side` learns in the image encoder, a module; None for `frozen`. The encoder
+    does not use it before `attach`.
 
     side: `layer-norms`, those of the blocks, as MoCoOp's and LASP's published runs do; or
     `prompts`: N_PROMPTS tokens that join an image's patches before the first block (visual prompt
@@ -57,7 +57,12 @@ def learnable_part(clip_model, side):
         raise BadInput(f"--image-side {side} needs a CLIP with a ViT: this one has none")
     if side == "prompts":
         width = visual.class_embedding.shape[0]
-        visual.prompts = nn.Parameter(0.02 * torch.randn(N_PROMPTS, width))
-        return nn.ParameterList([visual.prompts])
+        return nn.ParameterList([nn.Parameter(0.02 * torch.randn(N_PROMPTS, width))])
     norms = [norm for block in visual.transformer.resblocks for norm in (block.ln_1, block.ln_2)]
     return nn.ModuleList(norms).requires_grad_(True)
+
+
+def attach(clip_model, part):
+    """Makes a `learnable_part` one of the encoder's own. LayerNorms are from the start."""
+    if isinstance(part, nn.ParameterList):
+        clip_model.visual.prompts = part[0]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from clip.model import CLIP
 
 from lib.errors import BadInput
-from lib.image_encoder import N_PROMPTS, encode_images, learnable_part
+from lib.image_encoder import N_PROMPTS, attach, encode_images, learnable_part
 
 
 def vit(layers=3, width=128, patch=8):
@@ -81,7 +81,10 @@ def test_prompts_join_the_patches_and_change_nothing_else():
     plain = encode_images(model, images, torch.float32)
     assert learnable_part(model, "frozen") is None
     torch.manual_seed(0)
-    (prompts,) = learnable_part(model, "prompts").parameters()
+    part = learnable_part(model, "prompts")
+    (prompts,) = part.parameters()
+    assert torch.equal(encode_images(model, images, torch.float32), plain)
+    attach(model, part)
     assert prompts.shape == (N_PROMPTS, 128) and 0.015 < prompts.std() < 0.025
     with torch.no_grad():
         prompts.mul_(20)

@@ -13,10 +13,11 @@ from conftest import HERE, parse
 import eval
 import train
 from data import load_split
+from lib import cache as feature_cache
 from lib import grouping
 from lib.catalogue import DATASETS, template_groups
 from lib.errors import BadInput
-from lib.image_encoder import encode_images
+from lib.image_encoder import attach, encode_images
 from lib.images import StoredFeatures, as_clip_reads, preprocess
 from lib.probe import linear_probe, logistic_regression
 from lib.templates import all_templates
@@ -376,6 +377,22 @@ def test_what_is_learned_of_the_images_is_part_of_the_run(
         assert again[key] == whole[key]
 
 
+def test_a_learning_image_encoder_leaves_baselines_and_cache_alone(
+    run_train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(feature_cache, "CACHE", tmp_path / "empty")
+    flags = "--shots 1 --epochs 1 --classes base"
+    first = run_train(f"{flags} --image-side prompts --out", tmp_path / "learning")
+    monkeypatch.setattr(feature_cache, "CACHE", tmp_path / "another")
+    plain = run_train(f"{flags} --out", tmp_path / "plain")
+    monkeypatch.setattr(feature_cache, "CACHE", tmp_path / "empty")
+    after = run_train(f"{flags} --out", tmp_path / "after")
+    for key in ("zero_shot_accuracy", "ensemble_accuracy"):
+        assert first[key] == plain[key]
+    for key in ("accuracy", "val_accuracy", "per_class_accuracy", "zero_shot_accuracy"):
+        assert after[key] == plain[key]
+
+
 @pytest.mark.parametrize(
     "side, epochs, rates",
     [
@@ -389,6 +406,7 @@ def test_layer_norms_learn_at_a_tenth_of_the_rate(random_clip, side, epochs, rat
     clip_model = copy.deepcopy(random_clip)
     groups = [["a photo of a {}."], ["{} texture."]]
     model = MoCoOp(clip_model, groups, config)
+    attach(clip_model, model.image_side)
     model.prompts.set_classes(clip_model, NAMES)
     hard = template_features(clip_model, ["a photo of a {}.", "{} texture."], NAMES)
     images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ from conftest import parse
 import eval
 import train
 from data import load_split
+from lib.errors import BadInput
 from lib.metrics import harmonic_mean
 from lib.world import TASKS
 from tools import reproduce, results
@@ -98,11 +99,13 @@ def test_rates_are_listed_with_their_validation_accuracy(lines):
 
 def test_tables_go_to_their_places_on_the_page():
     page = "a\n<!-- one -->\nold\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\nc\n"
-    filled = results.filled(page, {"one": "| 1 |", "two": "| 2 |", "three": "| 3 |"})
+    filled = results.filled(page, {"one": "| 1 |", "two": "| 2 |"})
     assert (
         filled == "a\n<!-- one -->\n| 1 |\n<!-- end -->\nb\n<!-- two -->\n| 2 |\n<!-- end -->\nc\n"
     )
     assert results.filled(filled, {"one": "| 1 |", "two": "| 2 |"}) == filled
+    with pytest.raises(BadInput, match="no place for the table 'three'"):
+        results.filled(page, {"three": "| 3 |"})
 
 
 def test_a_mixture_is_taken_apart_into_what_it_was(run_train, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.errors import BadInput
 from lib.metrics import harmonic_mean, mean_std
 from lib.tables import accuracies, markdown
 from lib.world import TASKS
@@ -295,8 +296,10 @@ def tables(lines):
 
 
 def filled(page, tables):
-    """A Markdown page with each table in its place."""
+    """A Markdown page with each table in its place. Raises BadInput for a page without one."""
     for name, table in tables.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not place.search(page):
+            raise BadInput(f"the page has no place for the table {name!r}: <!-- {name} -->")
         page = place.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)
     return page

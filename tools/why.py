@@ -14,13 +14,14 @@ import torch
 
 from data import load_split, select_classes
 from eval import load_run
-from lib.errors import exit_on_bad_input
+from lib.errors import BadInput, exit_on_bad_input
 from lib.images import image_features
 from lib.metrics import accuracy
 from lib.runs import save_json
 from lib.templates import all_templates
 from prompts import hard_prototypes, template_features
 from router import gate_target, mixed_logits
+from train import learns_images
 
 
 @torch.no_grad()
@@ -28,7 +29,10 @@ def take_apart(run, split):
     """Numbers of a run on the test images of a split: {"accuracy": {parts: percent}, "gate": {...},
     "classes": {...}}."""
     clip_model, model = run.clip_model, run.model
-    f = image_features(clip_model, run.fingerprint, split, split.test, what="test images")
+    cached = not learns_images(run.config)
+    f = image_features(
+        clip_model, run.fingerprint, split, split.test, what="test images", cached=cached
+    )
     labels = split.labels(split.test)
     hard = template_features(clip_model, all_templates(run.groups), split.class_names)
     prototypes = hard_prototypes(hard, run.groups)  # (G, C, D)
@@ -73,6 +77,10 @@ def why(folder, datasets=()):
     datasets. Returns its dictionary."""
     run = load_run(folder)
     config = run.config
+    if config["classifier"] != "prompts" or config["conditional"]:
+        raise BadInput(
+            f"{folder} is a run of {config['method']}: there is no mixture to take apart"
+        )
     tasks = {c: (config["dataset"], c) for c in ("base", "new")}
     tasks |= {dataset: (dataset, "all") for dataset in datasets}
     found = {}
