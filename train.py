@@ -128,6 +128,11 @@ METHODS = {
 }
 
 
+def learns_images(config):
+    """Whether something in the image encoder is learned, so that features cannot be stored."""
+    return config["image_side"] not in (None, "frozen")
+
+
 # Flags without effect beside others, an error if given: {flag: (when, what it would need)}.
 UNREAD = {
     "n_groups": (lambda c: c["groups"] != "auto", "--groups auto"),
@@ -135,13 +140,8 @@ UNREAD = {
     "gate_weight": (lambda c: c["router"] in ("frozen", "uniform"), "a router that is trained"),
     "text_scale": (lambda c: c["text_weight"] == 0, "a --text-weight"),
     "text_target": (lambda c: c["text_weight"] == 0, "a --text-weight"),
-    "views": (lambda c: learns_images(c), "stored crops: --image-side crops in every epoch"),
+    "views": (learns_images, "stored crops: --image-side crops in every epoch"),
 }
-
-
-def learns_images(config):
-    """Whether something in the image encoder is learned, so that features cannot be stored."""
-    return config["image_side"] not in (None, "frozen")
 
 
 def preset(config):
@@ -270,13 +270,11 @@ class MoCoOp(nn.Module):
     def parameter_groups(self):
         """What is trained, as an optimiser takes it; `factor`: times the learning rate, which is a
         tenth for LayerNorms, as published."""
-        norms = {
-            id(p) for m in self.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()
-        }
+        slow = isinstance(self.image_side, nn.ModuleList)  # of LayerNorms
         parts = {1.0: [], 0.1: []}
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                parts[0.1 if id(parameter) in norms else 1.0].append(parameter)
+                parts[0.1 if slow and name.startswith("image_side.") else 1.0].append(parameter)
         return [{"params": params, "factor": f} for f, params in parts.items() if params]
 
 
@@ -490,11 +488,8 @@ def examine(model, config, changed_flags, split, classes, features):
     predictions, weights = (x.cpu() for x in model.predict(split.class_names, features))
     labels, names = split.labels(split.test), split.class_names
     numbers = metrics.measure(predictions, weights, labels, split.kinds, names, model.templates)
-    return (
-        runs.describe(config, changed_flags, model, split, classes) | numbers,
-        predictions,
-        weights,
-    )
+    described = runs.describe(config, changed_flags, model, split, classes)
+    return described | numbers, predictions, weights
 
 
 def accuracy_on(model, split, items, features):

@@ -180,7 +180,7 @@ def image_features(
     features = None
     if processes.rank() == 0:
         stored = torch.from_numpy(np.stack([rows[key] for key in keys]))
-        features = stored[:, :width] * stored[:, width:] if raw else stored[:, :width].clone()
+        features = stored[:, :width] * stored[:, width:] if raw else stored[:, :width].contiguous()
     features = processes.from_first(features).to(device)
     return features if n_views is None else features.view(len(items), n_views, width)
 
@@ -266,27 +266,22 @@ class StoredFeatures:
 
 
 class LiveFeatures:
-    """Features encoded in every step, of images cropped anew in every epoch; drawn images stay as
-    they are, and are drawn once."""
+    """Features encoded in every step, of images cropped anew in every epoch."""
 
     n_views = 1
 
     def __init__(self, clip_model, split, cropped):
         print("the image encoder learns, too: images are encoded in every step")
         self.clip_model, self.split, self.cropped = clip_model, split, cropped
-        self.drawn = {}
 
     def __call__(self, batches, views, epoch):
         size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
+        view = epoch if self.cropped else None
         rank, world = processes.rank(), processes.world()
 
         def load_or_error(path):  # an error goes to all processes, so that all end with it
             try:
-                if self.cropped:
-                    return load_image(self.split, path, epoch, size)
-                if path not in self.drawn:
-                    self.drawn[path] = load_image(self.split, path, None, size)
-                return self.drawn[path]
+                return load_image(self.split, path, view, size)
             except BadInput as error:
                 return error
 

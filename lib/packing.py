@@ -94,7 +94,7 @@ def _shared_prefixes(sentences):
 
 def _best_length(sizes):
     """The length of row at which attention costs least. Long rows hold fewer places twice, short
-    ones compute less of what the mask hides. sizes: of each tree, [(tokens, shared with last)]."""
+    ones compute less of what the mask hides. sizes: of each tree, [(tokens, shared prefix)]."""
     longest = max(size for tree in sizes for size, _ in tree)
     whole = max(sum(size - n for size, n in tree) for tree in sizes)
     tries = {min(int(longest * 1.1**power), whole) for power in range(40)}

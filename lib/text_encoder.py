@@ -135,7 +135,7 @@ def encode_piece(clip_model, table, piece, dtype):
 
 def chunk_for(clip_model, prompts):
     """How many sentences to encode at a time: `CHUNK` on a CPU; on a GPU as many as half of its
-    free memory has room for, as more than one piece means computing each of them twice."""
+    free memory has room for, as more than one batch means computing each of them twice."""
     device, width = clip_model.logit_scale.device, clip_model.text_projection.shape[0]
     if device.type != "cuda":
         return CHUNK

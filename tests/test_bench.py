@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tools import bench
+from tools.measure import Operations
 from tools.steps import Setting
 
 
@@ -40,13 +41,13 @@ def test_each_way_computes_fewer_tokens(setting):
 def test_operations_are_counted_by_shape():
     linear = torch.nn.Linear(5, 7)
     x = torch.randn(3, 5, requires_grad=True)
-    with bench.Operations() as counted:
+    with Operations() as counted:
         linear(x).sum().backward()
     # forward; gradients of x and of the weight
     shapes = {(3, 5, 7): 1, (3, 7, 5): 1, (7, 3, 5): 1}
     assert counted.products == {(*s, torch.float32): n for s, n in shapes.items()}
     assert counted.flop == 3 * 2 * 3 * 5 * 7
-    with bench.Operations() as counted:
+    with Operations() as counted:
         ((x.T + 1) * 2).reshape(-1)  # two that compute, the third copies, and views
     assert counted.launches == 3
 

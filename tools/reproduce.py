@@ -1,14 +1,13 @@
 """Every number and picture on the built-in world (docs/RESULTS.md).
 
-    python -m tools.reproduce            # 100 minutes on two cores; may be stopped and resumed
+    python -m tools.reproduce            # about 100 minutes on two cores; may be stopped
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
-    python -m tools.reproduce --again    # a tenth of the runs once more: the same to the last digit
+    python -m tools.reproduce --again    # a tenth of the runs once more: are they the same?
 
 Runs go to out/. Settings are the published ones. Hyper-parameters were chosen on validation images
 of `shapes`; no method was run on the other three tasks before all was settled.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,7 +24,7 @@ import torch
 import eval
 import train
 from lib.errors import BadInput, exit_on_bad_input
-from lib.flags import make_parser
+from lib.flags import Parser, make_parser
 from lib.pictures import draw_pictures
 from lib.world import TASKS
 from tools import results
@@ -164,7 +163,7 @@ def write_tables(lines):
 
 
 def run_command_line():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--tables", action="store_true", help="only tables and pictures, no runs")
     parser.add_argument("--again", action="store_true", help="a tenth of the runs once more")
     args = parser.parse_args()

@@ -77,12 +77,11 @@ class Numbers:
         shots = 0 if label in ("zero-shot", "ensemble") else shots
         return dict(self.rows.get((dataset, classes, label, shots), {}).get(column, {}))
 
-    def measures(self, dataset, label, shots=16):
-        """{"all" | "base" | "new" | "H": {seed: percent}}."""
-        base = self(dataset, "base", label, shots)
-        new = self(dataset, "base", label, shots, "new")
+    def measures(self, dataset, label):
+        """{"all" | "base" | "new" | "H": {seed: percent}} at 16 shots."""
+        base, new = (self(dataset, "base", label, column=c) for c in ("accuracy", "new"))
         h = {seed: harmonic_mean(base[seed], new[seed]) for seed in base.keys() & new.keys()}
-        return {"all": self(dataset, "all", label, shots), "base": base, "new": new, "H": h}
+        return {"all": self(dataset, "all", label), "base": base, "new": new, "H": h}
 
 
 def cell(values, signed=False):
@@ -94,13 +93,13 @@ def cell(values, signed=False):
     return f"{mean:+.1f}{spread}" if signed else f"{mean:.1f}{spread}"
 
 
-def over_tasks(numbers, label, tasks=TASKS, seeds=SEEDS):
+def over_tasks(numbers, label):
     """{measure: {seed: mean over the tasks}} of the seeds that every task has."""
-    per_task = [numbers.measures(task, label) for task in tasks]
+    per_task = [numbers.measures(task, label) for task in TASKS]
     return {
         measure: {
             seed: np.mean([m[measure][seed] for m in per_task])
-            for seed in seeds
+            for seed in SEEDS
             if all(seed in m[measure] for m in per_task)
         }
         for measure in ("all", "base", "new", "H")
@@ -121,15 +120,15 @@ def methods_table(numbers):
 
 def tasks_table(numbers):
     rows = [
-        [task, NAMES[m], *map(cell, _of_seeds(numbers.measures(task, m), SEEDS).values())]
+        [task, NAMES[m], *map(cell, _of_three_seeds(numbers.measures(task, m)).values())]
         for task in TASKS
         for m in NAMES
     ]
     return markdown([["task", "16 shots", "all", "base", "new", "H"], *rows])
 
 
-def _of_seeds(measures, seeds):
-    return {k: {s: v[s] for s in seeds if s in v} for k, v in measures.items()}
+def _of_three_seeds(measures):
+    return {k: {s: v[s] for s in SEEDS if s in v} for k, v in measures.items()}
 
 
 def shifted_table(numbers):
@@ -233,13 +232,12 @@ def images_table(numbers, lines):
         for side in ("", "-image_sidelayer-norms", "-image_sideprompts"):
             label = f"{method}{side}"
             means = over_tasks(numbers, label)
-            singly = [numbers(task, "all", label) for task in TASKS]
-            singly = [cell({s: v for s, v in values.items() if s in SEEDS}) for values in singly]
+            singly = [_of_three_seeds(numbers.measures(task, label))["all"] for task in TASKS]
             took = [np.mean(seconds[task, label]) for task in TASKS if seconds[task, label]]
             learned = side.removeprefix("-image_side") or "nothing"
             cells = [cell(means[m]) for m in ("all", "base", "new", "H")]
             took = f"{np.mean(took):.0f}" if took else "–"
-            rows.append([NAMES[method], learned, *cells, *singly, took])
+            rows.append([NAMES[method], learned, *cells, *map(cell, singly), took])
     heading = ["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS, "s"]
     return markdown([heading, *rows])
 

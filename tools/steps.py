@@ -4,7 +4,6 @@ CLIP is a ViT-B/16 of random weights, except for `shapes`: speed does not depend
 names of `ucf101` and `imagenet` are made up, as long as UCF101's real ones.
 """
 
-import contextlib
 import functools
 import random
 from functools import partial
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from clip.model import CLIP
 
-from lib import flags, processes, world
+from lib import flags, processes, text_encoder, world
 from lib.catalogue import template_groups
 from lib.clip_model import load_clip
 from lib.image_encoder import encode_images
 from lib.packing import Piece
-from lib.transformer import Block, blocks_of
+from lib.transformer import Block
 from losses import gate_loss, image_loss, text_loss
 from router import gate_target
 from train import FLAGS, MoCoOp
@@ -29,8 +28,6 @@ BATCH = 32
 EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
     Industrial Buildings,Pasture Land,Permanent Crop Land,Residential Buildings,River,Sea or Lake"""
 NAME_LENGTHS = [1] * 18 + [2] * 58 + [3] * 23 + [4, 5]  # tokens; UCF101's 101 names
-
-
 VITS = {  # width, layers, size of a patch, images at a time
     "ViT-B/32": (768, 12, 32, 32),
     "ViT-B/16": (768, 12, 16, 32),
@@ -110,21 +107,10 @@ def whole_rows(piece):
     )
 
 
-@contextlib.contextmanager
-def clips_gelu(clip_model, dtype):
-    """Inside, the text encoder's blocks compute QuickGELU as clip does."""
-    ready = blocks_of(clip_model.transformer, dtype)
-    ours = ready[:]
-    ready[:] = _blocks_before(clip_model, dtype)
-    try:
-        yield
-    finally:
-        ready[:] = ours
-
-
 @functools.cache
-def _blocks_before(clip_model, dtype):
-    blocks = [Block(block, dtype, factor=1.0) for block in clip_model.transformer.resblocks]
+def _blocks_before(transformer, dtype):
+    """The blocks with QuickGELU as clip computes it."""
+    blocks = [Block(block, dtype, factor=1.0) for block in transformer.resblocks]
     for block in blocks:
         block.activation = clip.model.QuickGELU()
     return blocks
@@ -233,7 +219,7 @@ class Setting:
         before = [layout(batch) for batch in sentences.batches]
         with (
             mock.patch.object(sentences, "batches", before),
-            clips_gelu(self.clip_model, self.dtype),
+            mock.patch.object(text_encoder, "blocks_of", _blocks_before),
         ):
             self.step()
 

@@ -7,7 +7,6 @@ prompts, equal weights or the gate's own target for its router. Writes `why.json
 folder; `tools.reproduce` does it for its runs and makes tables of it.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from data import load_split, select_classes
 from eval import load_run
 from lib.errors import BadInput, exit_on_bad_input
+from lib.flags import Parser
 from lib.images import image_features
 from lib.metrics import accuracy
 from lib.runs import save_json
@@ -92,7 +92,9 @@ def why(folder, datasets=()):
 
 
 def run_command_line():
-    for name, part in why(sys.argv[1]).items():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="the folder of a finished run of --classes base")
+    for name, part in why(parser.parse_args().run).items():
         print(name)
         for numbers in part.values():
             for key, value in numbers.items():
