@@ -1,0 +1,388 @@
+"""Whole runs against the same runs computed apart, from the command line to the last number.
+
+`plain.py` is the method on a page of plain PyTorch. It is given files, seeds and the papers'
+settings; train.py and eval.py are given a command line.
+"""
+
+import json
+import random
+import re
+import sys
+
+import clip
+import plain
+import pytest
+import torch
+from conftest import draw_image
+from PIL import Image
+
+import eval
+import train
+from data import load_split
+from lib.images import as_clip_reads, load_image
+
+OTHER_GROUPS = [["a photo of {}, a type of land.", "{}."], ["a sketch of a {}."], ["{} texture."]]
+ZERO_SHOT = "a centered satellite photo of {}."
+CASES = {
+    # name: (flags, settings)
+    "published": (
+        "--classes base --shots 3 --seed 2 --views 3 --epochs 9 --batch-size 4",
+        plain.MOCOOP | {"views": 3, "epochs": 9, "batch": 4, "lr": 0.032 / 8},
+    ),
+    "other numbers": (
+        "--shots 2 --seed 3 --views 2 --epochs 6 --gate-weight 0.5 --text-weight 2 --text-scale 3"
+        " --max-grad-norm 0 --lr 0.004 --top-k 3 --text-bias --warm-up 0 --full-stop",
+        plain.MOCOOP
+        | {"views": 2, "epochs": 6, "gate": 0.5, "text": 2.0, "scale": 3.0, "clip": 0.0}
+        | {"lr": 0.004, "top_k": 3, "bias": True, "warm_up": 0, "stop": True},
+    ),
+    "words behind the name": (
+        "--groups groups.txt --classes new --shots 3 --seed 5 --views 1 --epochs 3"
+        " --text-target templates --gate-weight 0",
+        plain.MOCOOP
+        | {"groups": OTHER_GROUPS, "views": 1, "epochs": 3, "per_template": True, "gate": 0.0},
+    ),
+    "frozen router": (
+        "--router frozen --shots 1 --seed 4 --views 2 --epochs 3 --text-weight 0 --top-k 1",
+        plain.MOCOOP
+        | {"router": "frozen", "views": 2, "epochs": 3, "text": 0.0, "top_k": 1, "gate": 0.0},
+    ),
+    "uniform router": (
+        "--router uniform --classes base --shots 2 --seed 6 --views 2 --epochs 2",
+        plain.MOCOOP | {"router": "uniform", "views": 2, "epochs": 2, "gate": 0.0},
+    ),
+    "random start": (
+        "--init random --one-group --shots 2 --seed 7 --views 2 --epochs 2",
+        plain.MOCOOP
+        | {"groups": plain.ONE_GROUP, "init": "random", "views": 2, "epochs": 2, "top_k": 1},
+    ),
+    "CoOp": (
+        "--method coop --shots 2 --seed 2 --views 2 --epochs 8",
+        plain.COOP | {"views": 2, "epochs": 8},
+    ),
+    "CoCoOp": (
+        "--method cocoop --classes base --shots 1 --seed 2 --views 2 --epochs 2",
+        plain.COCOOP | {"views": 2, "epochs": 2},
+    ),
+    "LASP": (
+        "--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 3",
+        plain.LASP | {"views": 2, "epochs": 3},
+    ),
+    "LayerNorms": (
+        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 10 --batch-size 5",
+        plain.MOCOOP
+        | {"side": "layer-norms", "views": 1, "epochs": 10, "batch": 5, "lr": 0.032 * 5 / 32},
+    ),
+    "prompts beside patches": (
+        "--image-side prompts --classes base --shots 2 --seed 2 --epochs 3 --batch-size 5",
+        plain.MOCOOP
+        | {"side": "prompts", "views": 1, "epochs": 3, "batch": 5, "lr": 0.032 * 5 / 32},
+    ),
+}
+STOPPED = {"other numbers": 4, "published": 2, "LayerNorms": 6, "CoOp": 5}  # after so many epochs
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Starts a script of the project with a command line, from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(script, *args):
+        argv = [f"{script.__name__}.py", *(str(a) for arg in args for a in str(arg).split(" "))]
+        monkeypatch.setattr(sys, "argv", argv)
+        script.main()
+
+    return start
+
+
+class Task:
+    """EuroSAT's files, read without the project: lists of (path, label), names."""
+
+    def __init__(self, root, classes, shots, seed):
+        self.images = root / "eurosat/2750"
+        lists = json.loads((root / "eurosat/split_zhou_EuroSAT.json").read_text())
+        names = {label: name for part in lists.values() for _, label, name in part}
+        self.every_name = [names[label] for label in range(10)]
+        self.seen = {"all": slice(0, 10), "base": slice(0, 5), "new": slice(5, 10)}[classes]
+        self.names = self.every_name[self.seen]
+        rng = random.Random(seed)
+        drawn = {
+            "train": self.few_shot(lists["train"], shots, rng),
+            "val": self.few_shot(lists["val"], min(shots, 4), rng),
+            "test": lists["test"],
+        }
+        for part, entries in drawn.items():
+            own = [(path, y - self.seen.start) for path, y, *_ in entries]
+            own = [(path, y) for path, y in own if 0 <= y < len(self.names)]
+            setattr(self, part, own)
+
+    @staticmethod
+    def few_shot(entries, shots, rng):
+        return plain.few_shot([(path, label) for path, label, _ in entries], shots, rng)
+
+    def loader(self, data_root, clip_model, side):
+        """Training images as `plain.train` takes them. Which crop belongs to a path and a number is
+        the project's to say (`load_image`, which test_images.py looks after)."""
+        split = load_split("eurosat", data_root)
+
+        def pixels(i, view):
+            image = load_image(split, f"2750/{self.train[i][0]}", view, 32)
+            return as_clip_reads([image], "cpu")[0]
+
+        def load(indices, views, epoch):
+            views = views if side is None else torch.full_like(views, epoch)  # cropped anew
+            batch = torch.stack([pixels(i, int(v)) for i, v in zip(indices, views)])
+            return plain.unit(clip_model.encode_image(batch)) if side is None else batch
+
+        return load
+
+
+class Pets:
+    """A folder of one's own: {train,test}/<class>/*."""
+
+    def __init__(self, folder):
+        self.images, self.names = folder / "test", ["cat", "dog", "grey parrot"]
+        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(4)]
+        for part in ("train", "test"):
+            for path, _ in self.test:
+                draw_image(folder / part / path, f"{part} {path}")
+
+
+def read(folder, items):
+    """The images of (path, label), as clip preprocesses them: (N, 3, 32, 32)."""
+    transform = clip.clip._transform(32)
+    return torch.stack([transform(Image.open(folder / path)) for path, _ in items])
+
+
+def right(logits, items):
+    """Top-1 accuracy in percent."""
+    labels = torch.tensor([label for _, label in items])
+    return 100 * (logits.argmax(dim=-1) == labels).float().mean().item()
+
+
+def ours_by_name(model, clip_model, side):
+    """{a name in a checkpoint: the parameter of plain.py}."""
+    named = {f"prompts.context_before.{g}": c for g, c in enumerate(model.contexts)}
+    named |= {f"prompts.context_after.{g}": c for g, c in enumerate(model.afters)}
+    if model.gate is not None:
+        named |= {"router.gate.weight": model.gate.weight, "router.gate.bias": model.gate.bias}
+    if model.bias is not None:
+        named["text_bias"] = model.bias
+    if model.s["conditional"]:
+        for i, layer in ((0, model.down), (2, model.up)):
+            named |= {f"shift.{i}.weight": layer.weight, f"shift.{i}.bias": layer.bias}
+    if side == "prompts":
+        named["image_side.0"] = model.tokens
+    if side == "layer-norms":
+        blocks = clip_model.visual.transformer.resblocks
+        norms = [norm for block in blocks for norm in (block.ln_1, block.ln_2)]
+        for i, norm in enumerate(norms):
+            named |= {f"image_side.{i}.weight": norm.weight, f"image_side.{i}.bias": norm.bias}
+    return named
+
+
+def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zero_shot):
+    """Every number of a result.json or eval_*.json about some test images. f, plain_f: their
+    features (N, D), by the run's image encoder and by CLIP's. groups, zero_shot: templates."""
+    with torch.no_grad():
+        _, weights, _, logits = model(f, names)
+    answers = torch.stack(logits).argmax(dim=-1)
+    assert found["accuracy"] == pytest.approx(right(torch.stack(logits), items), abs=0.006)
+    for label, name in enumerate(names):
+        own = [int(a) == label for a, (_, y) in zip(answers, items) if y == label]
+        expected = 100 * sum(own) / len(own)
+        assert found["per_class_accuracy"][name] == pytest.approx(expected, abs=0.006)
+    assert list(found["per_class_accuracy"]) == names
+    one = plain.hard_features(untrained, zero_shot, names)
+    assert found["zero_shot_accuracy"] == pytest.approx(right(plain_f @ one.T, items), abs=0.006)
+    every = [plain.hard_features(untrained, t, names) for group in groups for t in group]
+    every = plain.unit(torch.stack(every).mean(0))
+    assert found["ensemble_accuracy"] == pytest.approx(right(plain_f @ every.T, items), abs=0.006)
+    usage = list(found["prompt_usage"].values())
+    assert usage == pytest.approx(weights.mean(0).tolist(), abs=1.5e-4)
+    for name, row in zip(found["router"]["rows"], found["router"]["share"], strict=True):
+        own = torch.tensor([names[y] == name for _, y in items])
+        assert row == pytest.approx(weights[own].mean(0).tolist(), abs=1.5e-4)
+    assert found["n_test"] == len(items) and found["n_classes"] == len(names)
+    assert found["n_prompts"] == len(model.contexts)
+
+
+def check_probabilities(folder, model, about):
+    """What a program gets that loads the run, for some of its test images."""
+    names, items, f, *_ = about
+    images = [Image.open(folder / path) for path, _ in items[:4]]
+    found_names, probabilities, found_weights = eval.load_run("run").classify(images)
+    with torch.no_grad():
+        _, weights, _, logits = model(f[:4], names)
+    assert found_names == names
+    assert torch.allclose(probabilities, torch.stack(logits).softmax(dim=-1), atol=1e-5)
+    assert torch.allclose(found_weights, weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_the_one_computed_apart(
+    name, start, eurosat, random_clip, random_clip_file, tmp_path, monkeypatch, capsys
+):
+    flags, s = CASES[name]
+    (tmp_path / "groups.txt").write_text("\n\n".join("\n".join(g) for g in OTHER_GROUPS))
+    command = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --out run {flags}"
+    if name in STOPPED:
+        save = train.save_torch
+
+        def save_and_stop(content, path):
+            save(content, path)
+            if content["epoch"] == STOPPED[name]:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+            patch.setattr(train, "save_torch", save_and_stop)
+            start(train, command)
+        command += " --resume"
+    start(train, command)
+    printed = capsys.readouterr().out
+
+    given = dict(re.findall(r"--([\w-]+) (\w[\w.-]*)", flags))
+    seed, shots = int(given["seed"]), int(given["shots"])
+    task = Task(eurosat, given.get("classes", "all"), shots, seed)
+    clip_model = plain.shortened(random_clip)
+    load = task.loader(eurosat, clip_model, s["side"])
+    labels = torch.tensor([label for _, label in task.train])
+    model, told = plain.train(clip_model, s, seed, task.every_name, task.seen, load, labels)
+
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    expected = ours_by_name(model, clip_model, s["side"])
+    assert checkpoint["model"].keys() == expected.keys()
+    for key, value in expected.items():
+        found = checkpoint["model"][key]
+        assert found.shape == value.shape
+        if value.numel():
+            assert (found - value).abs().max() <= 1e-5 * value.abs().max(), key
+    assert checkpoint["class_names"] == task.names
+
+    epochs = re.findall(r"epoch +(\d+)/\d+  lr ([\d.]+)  loss ([\d.]+) = (.*?)  prompts", printed)
+    assert [int(epoch) for epoch, *_ in epochs] == list(range(1, s["epochs"] + 1))
+    for (epoch, lr, _, terms), (losses, _) in zip(epochs, told):
+        assert float(lr) == pytest.approx(plain.learning_rate(s, int(epoch) - 1, 1.0), abs=6e-6)
+        said = {word.split()[0]: word.split() for word in terms.split(" + ")}
+        assert said.keys() == losses.keys()
+        for loss, value in losses.items():
+            assert float(said[loss][1]) == {"image": 1.0}.get(loss, s.get(loss))
+            assert float(said[loss][3]) == pytest.approx(value, abs=1e-3)
+
+    result = json.loads((tmp_path / "run/result.json").read_text())
+
+    @torch.no_grad()
+    def features(of, items):
+        pixels = read(of.images, items)
+        return model.image_features(pixels), plain.unit(untrained.encode_image(pixels))
+
+    untrained = plain.shortened(random_clip)
+    about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
+    check_numbers(result, model, untrained, *about)
+    check_probabilities(task.images, model, about)
+    with torch.no_grad():
+        val = torch.stack(model(features(task, task.val)[0], task.names)[3])
+    assert result["val_accuracy"] == pytest.approx(right(val, task.val), abs=0.006)
+    assert result["n_train"] == len(task.train)
+    for ours, (_, share) in zip(result["prompt_usage_by_epoch"], told, strict=True):
+        assert ours == pytest.approx(share.tolist(), abs=1.5e-4)
+
+    # The run on other classes, and on a folder with other names, which has templates of its own.
+    start(eval, "run --classes new")
+    found = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
+    task = Task(eurosat, "new", shots, seed)
+    about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
+    check_numbers(found, model, untrained, *about)
+    assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
+    pets = Pets(tmp_path / "pets")
+    start(eval, f"run --dataset {tmp_path / 'pets'} --classes all")
+    found = json.loads((tmp_path / "run/eval_pets_all.json").read_text())
+    about = pets.names, pets.test, *features(pets, pets.test), plain.SUN397, "a photo of a {}."
+    check_numbers(found, model, untrained, *about)
+
+
+def test_a_linear_probe_is_the_one_computed_apart(
+    start, eurosat, random_clip, random_clip_file, tmp_path, capsys
+):
+    """At the minimum of logistic regression the gradients of the two terms cancel, which says what
+    it was fitted to, and how strongly. Before it another run has stored crops of its images."""
+    files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --shots 3 --seed 2"
+    start(train, f"{files} --classes new --epochs 1 --views 1 --out crops")
+    start(train, f"{files} --classes new --method linear --out run")
+    c = float(re.search(r"C = (\S+)", capsys.readouterr().out)[1])
+    task = Task(eurosat, "new", 3, 2)
+    x, val, test = (random_clip.encode_image(read(task.images, items)).double()
+                    for items in (task.train, task.val, task.test))  # fmt: skip
+    y = torch.tensor([label for _, label in task.train])
+    run = eval.load_run("run")
+    weight, bias = run.model.weight.double(), run.model.bias.double()
+    residual = (x @ weight.T + bias).softmax(-1) - torch.nn.functional.one_hot(y)
+    assert residual.sum(0).abs().max() < 1e-4
+    assert (weight + c * residual.T @ x).abs().max() < 2e-2 * weight.abs().max()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    for key, features, items in (("accuracy", test, task.test), ("val_accuracy", val, task.val)):
+        assert result[key] == pytest.approx(right(features @ weight.T + bias, items), abs=0.006)
+    _, probabilities, weights = run.classify([Image.open(task.images / p) for p, _ in task.test])
+    assert torch.allclose(probabilities.double(), (test @ weight.T + bias).softmax(-1), atol=1e-4)
+    assert weights.shape == (15, 0)
+    start(eval, "run")
+    again = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
+    assert again["accuracy"] == result["accuracy"]
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
+def test_clip_as_it_is_is_the_one_computed_apart(
+    method, start, eurosat, random_clip, random_clip_file, tmp_path
+):
+    files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
+    start(train, f"{files} --classes base --method {method} --shots 1 --out run")
+    groups = {"zeroshot": [[ZERO_SHOT]], "ensemble": plain.EUROSAT}[method]
+    other_groups = {"zeroshot": [["a photo of a {}."]], "ensemble": plain.SUN397}[method]
+    pets = Pets(tmp_path / "pets")
+    start(eval, "run --dataset pets")
+    for task, templates, file in (
+        (Task(eurosat, "base", 1, 1), groups, "result.json"),
+        (pets, other_groups, "eval_pets_base.json"),
+    ):
+        names = task.names if task is not pets else pets.names[:2]
+        items = [(path, label) for path, label in task.test if label < len(names)]
+        texts = [plain.hard_features(random_clip, t, names) for group in templates for t in group]
+        texts = plain.unit(torch.stack(texts).mean(0))
+        f = plain.unit(random_clip.encode_image(read(task.images, items)))
+        found = json.loads((tmp_path / "run" / file).read_text())
+        assert found["accuracy"] == pytest.approx(right(f @ texts.T, items), abs=0.006)
+    names = ["sea", "lake", "old forest"]  # of one's own, with the run's templates
+    texts = [plain.hard_features(random_clip, t, names) for group in groups for t in group]
+    texts = plain.unit(torch.stack(texts).mean(0))
+    task = Task(eurosat, "base", 1, 1)
+    images = [Image.open(task.images / path) for path, _ in task.test]
+    f = plain.unit(random_clip.encode_image(read(task.images, task.test)))
+    found_names, probabilities, _ = eval.load_run("run").classify(images, names)
+    expected = (random_clip.logit_scale.exp() * f @ texts.T).softmax(-1)
+    assert found_names == names and torch.allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_built_in_worlds_numbers_are_those_computed_apart(start, tmp_path):
+    """The bundled CLIP, drawn images, and a router's table by style."""
+    start(train, "--shots 1 --epochs 2 --seed 2 --classes new --out run")
+    run, split = eval.load_run("run"), load_split("shapes", "nowhere")
+    names = split.class_names[10:]
+    assert run.class_names == names
+    items = [(item.path, item.label - 10) for item in split.test if item.label >= 10]
+    transform = clip.clip._transform(run.clip_model.visual.input_resolution)
+    pixels = torch.stack([transform(split.open(path)) for path, _ in items])
+    clip_model = run.clip_model
+    f = torch.cat([plain.unit(clip_model.encode_image(some)) for some in pixels.split(100)])
+    model = plain.Plain(clip_model, plain.MOCOOP | {"groups": run.groups}, 2)
+    with torch.no_grad():
+        for name, value in ours_by_name(model, clip_model, None).items():
+            value.copy_(run.model.state_dict()[name])
+        _, weights, _, logits = model(f, names)
+    logits = torch.stack(logits)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["accuracy"] == pytest.approx(right(logits, items), abs=0.006)
+    styles = [path.split("/")[2] for path, _ in items]
+    for name, row in zip(result["router"]["rows"], result["router"]["share"], strict=True):
+        own = torch.tensor([style == name for style in styles])
+        assert own.sum() == 150
+        assert row == pytest.approx(weights[own].mean(0).tolist(), abs=1.5e-4)
