@@ -1,10 +1,10 @@
-"""Tables and pictures over runs."""
+"""Tables over runs."""
 
 import json
 
 import pytest
 
-from lib import pictures, tables
+from lib import tables
 from lib.errors import BadInput
 from lib.runs import find_runs
 
@@ -99,63 +99,3 @@ def test_h_takes_the_seeds_that_have_both_numbers(tmp_path):
     write_run(tmp_path / "b", 2, 10.0, "base")
     row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
     assert row["H"] == "80.0"
-
-
-def test_pictures_are_drawn_from_runs_on_disk(run_train, tmp_path):
-    folder = tmp_path / "out"
-    with pytest.raises(BadInput, match="there is no folder"):
-        pictures.draw_pictures(find_runs(folder), folder)
-    run_train("--shots 1 --epochs 1 --out", folder / "a")
-    assert (
-        pictures.draw_pictures(find_runs(folder), folder) == []
-    )  # not with the method's own number of epochs
-
-
-def run_like(result, folder, method="mocoop", changed=None, **changes):
-    """A copy of a run on disk with other numbers. changed: its changed flags."""
-    changed = changed or {}
-    label = "-".join([method, *(f"{k}{v}" for k, v in changed.items())])
-    config = result["config"] | {k: v for k, v in changes.items() if k in result["config"]}
-    copy = {"method": method, "label": label, "changed_flags": changed, "config": config}
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result | changes | copy))
-
-
-def test_curves_and_ablations_are_means_over_seeds(run_train, tmp_path):
-    result, out = run_train("--shots 1 --epochs 1"), tmp_path / "out"
-    for seed, accuracy in ((1, 80.0), (2, 82.0)):
-        for shots in (8, 16):
-            run_like(result, out / f"{seed}{shots}", seed=seed, shots=shots, accuracy=accuracy)
-        changed = {"top_k": 1}
-        run_like(
-            result, out / f"k{seed}", changed=changed, seed=seed, shots=16, accuracy=accuracy - 5
-        )
-    ensemble = {"method": "ensemble", "n_prompts": 0, "accuracy": 1.0}
-    run_like(result, out / "ensemble", shots=32, **ensemble)
-    run_like(result, out / "other", shots=16, clip="RN50", zero_shot_accuracy=2.0)
-    drawn = pictures.draw_pictures(find_runs(out), out)
-    assert drawn == ["few_shot.png", "router.png", "usage.png", "ablation.png"]
-    rows = tables.accuracies(find_runs(out))
-    values = {
-        (row.shots, row.label): v["accuracy"] for row, v in rows.items() if row.clip != "RN50"
-    }
-    assert values[16, "mocoop"] == {1: 80.0, 2: 82.0}
-    assert values[16, "mocoop-top_k1"] == {1: 75.0, 2: 77.0}
-    assert values[0, "ensemble"].keys() == {1, 2} and (32, "ensemble") not in values
-
-
-def test_a_new_method_shows_in_every_picture(run_train, tmp_path, monkeypatch):
-    result, out = run_train("--shots 1 --epochs 1"), tmp_path / "out"
-    for method, accuracy in (("mocoop", 80.0), ("balanced", 90.0)):
-        for shots in (8, 16):
-            run_like(result, out / f"{method}{shots}", method, shots=shots, accuracy=accuracy)
-    figures = {}
-    monkeypatch.setattr(pictures, "save_figure", lambda f, path: figures.update({path.name: f}))
-    pictures.draw_pictures(find_runs(out), out)
-    mixtures = {f"{name}{of}.png" for name in ("router", "usage") for of in ("", "_balanced")}
-    assert figures.keys() == {"few_shot.png", "ablation.png"} | mixtures
-    lines = {line.get_label(): line for line in figures["few_shot.png"].axes[0].lines}
-    assert list(lines["balanced"].get_ydata()) == [90.0, 90.0]
-    axes = figures["ablation.png"].axes[0]
-    bars = dict(zip([t.get_text() for t in axes.get_yticklabels()], axes.patches))
-    assert {name: bar.get_width() for name, bar in bars.items()} == {"MoCoOp": 80, "balanced": 90}
