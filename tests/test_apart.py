@@ -351,6 +351,8 @@ def test_clip_as_it_is_is_the_one_computed_apart(
         f = plain.unit(random_clip.encode_image(read(task.images, items)))
         found = json.loads((tmp_path / "run" / file).read_text())
         assert found["accuracy"] == pytest.approx(right(f @ texts.T, items), abs=0.006)
+        assert found["n_prompts"] == 0 and found["prompt_usage"] == {}
+    assert not (tmp_path / "run/router.png").exists()
     names = ["sea", "lake", "old forest"]  # of one's own, with the run's templates
     texts = [plain.hard_features(random_clip, t, names) for group in groups for t in group]
     texts = plain.unit(torch.stack(texts).mean(0))

@@ -200,6 +200,20 @@ def test_eurosat_and_its_split_are_fetched_into_the_fields_layout(
     assert found == ["2750", "split_zhou_EuroSAT.json"]  # nothing temporary is left
 
 
+def test_what_lies_beside_the_images_never_replaces_a_file_that_is_there(
+    server, tmp_path, monkeypatch
+):
+    with zipfile.ZipFile(server[0] / "EuroSAT.zip", "a") as archive:
+        archive.writestr("notes.txt", "theirs")
+        archive.writestr("licence.txt", "theirs")
+    use_server(monkeypatch, *server)
+    (tmp_path / "new/eurosat").mkdir(parents=True)
+    (tmp_path / "new/eurosat/notes.txt").write_text("mine")
+    load_split("eurosat", tmp_path / "new")
+    assert (tmp_path / "new/eurosat/notes.txt").read_text() == "mine"
+    assert (tmp_path / "new/eurosat/licence.txt").read_text() == "theirs"
+
+
 def test_a_damaged_archive_is_never_half_used(server, tmp_path, monkeypatch):
     use_server(monkeypatch, *server, md5="0" * 32)
     with pytest.raises(BadInput, match="no images at .*2750, and downloading .*EuroSAT.zip failed"):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 
-import clip
 import numpy as np
 import pytest
 import torch
@@ -45,41 +44,6 @@ def command(monkeypatch, capsys, *args):
         status = exit.code
     said = capsys.readouterr()
     return status, said.out.splitlines(), said.err.splitlines()
-
-
-def test_probabilities_and_weights_are_those_of_a_computation_apart(
-    run_train, random_clip, random_clip_file, eurosat, tmp_path
-):
-    """From a EuroSAT-layout run: clip's own preprocessing and encoders, the method by hand."""
-    run_train(f"--dataset eurosat --shots 2 --epochs 3 --data {eurosat} --clip {random_clip_file}")
-    images = []
-    for i in range(3):
-        draw_image(tmp_path / f"{i}.jpg", f"new {i}")
-        images.append(Image.open(tmp_path / f"{i}.jpg"))
-    run = load_run(tmp_path / "run")
-    names, probabilities, weights = run.classify(images)
-    assert len(names) == 10 and names[1] == "Forest"
-
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
-    pixels = torch.stack([clip.clip._transform(32)(image) for image in images])
-    f = torch.nn.functional.normalize(random_clip.encode_image(pixels), dim=-1)
-    scores = f @ state["router.gate.weight"].T + state["router.gate.bias"]
-    tokens = clip.tokenize(names)  # SOS name EOT
-    for b in range(3):
-        best = scores[b].argsort(descending=True)[:2]
-        w = scores[b, best].softmax(dim=0)
-        assert torch.allclose(weights[b, best], w, atol=1e-5) and (weights[b] > 0).sum() == 2
-        mixed = 0
-        for k, g in enumerate(best.tolist()):
-            context = state[f"prompts.context_before.{g}"]
-            rows, n = random_clip.token_embedding(tokens).detach(), len(context)
-            rows = torch.cat([rows[:, :1], context.expand(10, -1, -1), rows[:, 1 : 77 - n]], dim=1)
-            x = (rows + random_clip.positional_embedding).permute(1, 0, 2)
-            x = random_clip.ln_final(random_clip.transformer(x).permute(1, 0, 2))
-            x = x[torch.arange(10), tokens.argmax(-1) + n] @ random_clip.text_projection
-            mixed = mixed + w[k] * torch.nn.functional.normalize(x, dim=-1)
-        expected = (random_clip.logit_scale.exp() * mixed @ f[b]).softmax(dim=0)
-        assert torch.allclose(probabilities[b], expected, atol=1e-4)
 
 
 def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, monkeypatch, capsys):

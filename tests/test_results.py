@@ -1,19 +1,23 @@
 """The compact results and the tables made of them, on numbers that can be worked out by hand."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import clip
+import plain
 import pytest
 import torch
 from conftest import parse
 
 import eval
 import train
-from data import load_split
+from data import load_split, select_classes
 from lib.errors import BadInput
 from lib.metrics import harmonic_mean
 from lib.world import TASKS
 from tools import reproduce, results
-from tools.why import take_apart
+from tools.why import take_apart, why
 
 
 def run(dataset, classes, label, seed, accuracy, new=None, **more):
@@ -108,18 +112,104 @@ def test_tables_go_to_their_places_on_the_page():
         results.filled(page, {"three": "| 3 |"})
 
 
-def test_a_mixture_is_taken_apart_into_what_it_was(run_train, tmp_path):
-    result = run_train("--shots 2 --epochs 2")
-    parts = take_apart(eval.load_run(tmp_path / "run"), load_split("shapes", "anywhere"))
-    assert parts["accuracy"]["router, prompts"] == result["accuracy"]
-    # prototypes with equal weights are all but the ensemble
-    assert abs(parts["accuracy"]["equal weights, prototypes"] - result["ensemble_accuracy"]) < 2
-    assert parts["accuracy"]["target, prototypes"] > parts["accuracy"]["equal weights, prototypes"]
-    assert 1 / 8 < parts["gate"]["best prompt's share"] < 1
-    assert 0 < parts["gate"]["entropy"] < torch.tensor(8.0).log()
-    cosines = parts["classes"]
-    assert all(-1 < value < 1 for value in cosines.values())
-    assert cosines["cosine of prompt and prototype"] > cosines["cosine of two classes, prompts"]
+def test_ties_are_no_wins_and_seeds_are_paired_whatever_their_order(lines):
+    lines.append(run("shapes", "all", "lasp", 2, 80.0))  # as MoCoOp
+    lines.append(run("shapes", "all", "lasp", 1, 82.0))
+    row = cells(results.paired_table(results.Numbers(lines)), ["LASP"])
+    assert row[0] == "-1.0 ± 1.0" and row[4] == "0 of 2"
+    assert results.differences({2: 5.0, 1: 3.0}, {1: 1.0, 2: 1.0, 3: 9.0}) == {1: 2.0, 2: 4.0}
+
+
+def test_what_is_learned_of_images_has_a_table_of_its_own(lines):
+    for task in TASKS:
+        for seed, accuracy in ((1, 84.0), (2, 86.0), (3, 88.0)):
+            more = {"changed": {"image_side": "prompts"}}
+            for classes, new in (("all", None), ("base", 60.0)):
+                label = "mocoop-image_sideprompts"
+                lines.append(run(task, classes, label, seed, accuracy, new=new, **more))
+    numbers = results.Numbers(lines)
+    table = results.images_table(numbers, lines)
+    row = cells(table, ["MoCoOp", "prompts"])
+    assert row[:3] == ["86.0 ± 1.6", "86.0 ± 1.6", "60.0"]
+    assert row[4:] == ["86.0 ± 1.6"] * len(TASKS) + ["2"]  # seconds
+    assert cells(table, ["MoCoOp", "nothing"])[0] == "81.5"
+    assert "prompts" not in results.ablation_table(numbers, lines)
+
+
+def test_parts_exchanged_have_a_column_per_task_and_half(lines):
+    def why(base, new):
+        accuracy = {"base": base, "new": new}
+        look = {"gate": {"entropy": base / 100}, "classes": {"cosine": new / 100}}
+        return {
+            half: {"accuracy": {"router, prompts": value, "router, prototypes": value + 1}} | look
+            for half, value in accuracy.items()
+        }
+
+    for n, task in enumerate(TASKS):
+        for seed in (1, 2, 4):  # the fourth is not every task's
+            parts = why(80.0 + n + seed, 60.0 + n + seed)
+            lines.append(run(task, "base", "mocoop", seed, 90.0, why=parts))
+            lines.append(run(task, "base", "coop", seed, 90.0, why=why(70.0, 50.0)))
+    table = results.why_table(lines)
+    row = cells(table, ["router, prompts"])
+    assert row[:2] == ["83.0", "63.0"]
+    assert row[2:] == ["81.5", "82.5", "83.5", "84.5", "61.5", "62.5", "63.5", "64.5"]
+    assert cells(table, ["router, prototypes"])[:2] == ["84.0", "64.0"]
+    assert cells(table, ["CoOp: prompts"])[:2] == ["70.0", "50.0"]
+    row = cells(results.gate_table(lines), ["shapes, new"])
+    assert row == ["0.823", "0.623"]  # (81 + 82 + 84) / 3
+
+
+def test_a_mixture_is_taken_apart_into_what_it_was(
+    run_train, eurosat, random_clip, random_clip_file, tmp_path
+):
+    files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
+    result = run_train(f"{files} --shots 4 --epochs 6 --views 1 --classes base")
+    run = eval.load_run(tmp_path / "run")
+    split = select_classes(load_split("eurosat", eurosat), "new")
+    found = take_apart(run, split)
+    model = plain.Plain(random_clip, plain.MOCOOP, 1)
+    state, names = run.model.state_dict(), split.class_names
+    with torch.no_grad():
+        for g, context in enumerate(model.contexts):
+            context.copy_(state[f"prompts.context_before.{g}"])
+        model.gate.weight.copy_(state["router.gate.weight"])
+        model.gate.bias.copy_(state["router.gate.bias"])
+        pixels = [clip.clip._transform(32)(split.open(item.path)) for item in split.test]
+        f = plain.unit(random_clip.encode_image(torch.stack(pixels)))
+        scores, weights, (soft,), _ = model(f, names)
+    hard = {t: plain.hard_features(random_clip, t, names) for g in plain.EUROSAT for t in g}
+    p, y = plain.prototypes(hard, plain.EUROSAT), split.labels(split.test)
+    similar = torch.einsum("bd,bgd->bg", f, p[:, y].transpose(0, 1))
+    boost = torch.zeros_like(similar)
+    for row, best in zip(boost, similar.argsort(dim=-1, descending=True)):
+        row[best[:2]] = 10.0
+    target = (similar + boost).softmax(-1)
+    for routing, w in (
+        ("router", weights),
+        ("equal weights", 1 / 6 + 0 * weights),
+        ("target", target),
+    ):
+        for what, t in (("prompts", soft), ("prototypes", p), ("half and half", (soft + p) / 2)):
+            logits = torch.einsum("bg,gcd,bd->bc", w, t, f)
+            expected = 100 * (logits.argmax(-1) == y).float().mean().item()
+            assert found["accuracy"][f"{routing}, {what}"] == pytest.approx(expected, abs=0.006)
+    gate = scores.softmax(-1)
+    assert found["gate"]["best prompt's share"] == pytest.approx(
+        gate.max(-1)[0].mean().item(), abs=1e-4
+    )
+    entropy = -(gate * gate.log()).sum(-1).mean().item()
+    assert found["gate"]["entropy"] == pytest.approx(entropy, abs=1e-4)
+    for what, t in (("prompts", soft), ("prototypes", p)):
+        pairs = [t[g, a] @ t[g, b] for g in range(6) for a in range(5) for b in range(a)]
+        between = found["classes"][f"cosine of two classes, {what}"]
+        assert between == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-4)
+    own = torch.stack([soft[g, c] @ p[g, c] for g in range(6) for c in range(5)]).mean().item()
+    assert found["classes"]["cosine of prompt and prototype"] == pytest.approx(own, abs=1e-4)
+
+    parts = why(tmp_path / "run")
+    assert parts["new"] == found
+    assert parts["base"]["accuracy"]["router, prompts"] == result["accuracy"]
 
 
 def test_every_run_of_the_reproduction_is_one_that_train_takes_and_none_is_made_twice():
@@ -148,3 +238,71 @@ def test_a_run_is_made_once_and_kept(tmp_path, monkeypatch):
         assert reproduce.run_job(flags) == first
     again = reproduce.run_job(flags, again=True)
     assert reproduce.without_times(again)[:2] == reproduce.without_times(first)[:2]
+
+
+class _Threads:
+    """A pool of threads in place of processes, so that what a test replaces is replaced there."""
+
+    def __init__(self, n, mp_context):
+        self.pool = ThreadPoolExecutor(4)
+
+    def __enter__(self):
+        return self.pool
+
+    def __exit__(self, *args):
+        self.pool.shutdown()
+
+
+def test_runs_are_listed_in_their_order_and_not_as_they_ended(monkeypatch, capsys):
+    def run_job(flags, again):
+        time.sleep(0.02 * (5 - int(flags)))
+        return [{"accuracy": float(flags), "train_seconds": 1.0}, [], None]
+
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", _Threads)
+    monkeypatch.setattr(reproduce, "run_job", run_job)
+    lines = reproduce.run_all(["1", "2", "3", "4"])
+    assert list(lines) == ["1", "2", "3", "4"]
+    assert [line[0]["accuracy"] for line in lines.values()] == [1.0, 2.0, 3.0, 4.0]
+    assert "4/4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_run_that_gives_something_else_the_second_time_is_noticed(monkeypatch, capsys, changes):
+    def run_all(todo, again=False):
+        accuracy = 80.0 + (changes and again)
+        return {f: [{"accuracy": accuracy, "train_seconds": time.time()}, [], None] for f in todo}
+
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    todo = [f"--seed {n}" for n in range(40)]
+    if changes:
+        with pytest.raises(BadInput, match="gave something else than before"):
+            reproduce.run_again(todo)
+    else:
+        reproduce.run_again(todo)
+        assert "4 of 40 runs" in capsys.readouterr().out
+
+
+def test_a_run_taken_again_is_taken_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
+    flags = "--method zeroshot --shots 1"
+    reproduce.run_job(flags)
+    (other,) = (tmp_path / "out/shapes").iterdir()
+    stale = tmp_path / "out/again/shapes" / other.name
+    reproduce.run_job(flags, again=True)
+    result = json.loads((stale / "result.json").read_text())
+    (stale / "result.json").write_text(json.dumps(result | {"accuracy": 1.0}))
+    assert reproduce.run_job(flags, again=True)[0]["accuracy"] == result["accuracy"]
+    assert reproduce.run_job(flags)[0]["accuracy"] == result["accuracy"]
+
+
+def test_rates_are_multiples_of_each_methods_own():
+    rates = {}
+    for flags in reproduce.jobs():
+        given = parse(flags.split())
+        if given.lr:
+            rates.setdefault(given.method, set()).add(given.lr)
+    own = {"mocoop": 0.032, "lasp": 0.032, "coop": 0.002, "cocoop": 0.002}
+    assert {m: sorted(found) for m, found in rates.items()} == {
+        m: pytest.approx([0.3 * lr, 3 * lr]) for m, lr in own.items()
+    }
