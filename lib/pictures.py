@@ -211,6 +211,7 @@ def ablation_figure(runs):
         axes.barh(labels, means, xerr=stds, color=colours, edgecolor="black", lw=0.5, capsize=2)
         axes.axvline(means[flags.index("")], color="black", lw=0.8, ls=":")
         low, high = np.nanmin(means - stds), np.nanmax(means + stds)
-        axes.set(xlabel=panel, xlim=(low - 0.3 * (high - low), high + 0.1 * (high - low)))
+        width = max(high - low, 1)  # all may be equal
+        axes.set(xlabel=panel, xlim=(low - 0.3 * width, high + 0.1 * width))
     figure.suptitle(f"{runs[0][0]['dataset']}, {most} shots: bars do not start at 0", fontsize=10)
     return figure

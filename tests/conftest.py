@@ -78,6 +78,12 @@ def eurosat(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def small(eurosat, random_clip_file):
+    """Flags of the smallest task there is: EuroSAT's shortened split and the random CLIP."""
+    return f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --views 1"
+
+
 def parse(args):
     """The flags of a command line of train.py."""
     return flags.make_parser("", train.FLAGS, train.METHODS).parse_args(list(map(str, args)))

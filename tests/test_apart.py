@@ -19,6 +19,7 @@ from PIL import Image
 import eval
 import train
 from data import load_split
+from lib.errors import BadInput
 from lib.images import as_clip_reads, load_image
 
 OTHER_GROUPS = [["a photo of {}, a type of land.", "{}."], ["a sketch of a {}."], ["{} texture."]]
@@ -328,6 +329,14 @@ def test_a_linear_probe_is_the_one_computed_apart(
     start(eval, "run")
     again = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
     assert again["accuracy"] == result["accuracy"]
+    photo = task.images / task.test[0][0]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        start(eval, f"run --images {photo}")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].endswith("%")  # classes, and no prompts behind them
+    with pytest.raises(BadInput, match="knows no other"):  # not even as many
+        run.classify([Image.open(photo)], task.names[::-1])
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "ensemble"])

@@ -33,13 +33,6 @@ def test_new_class_names_go_into_the_learned_prompts(run_train, tmp_path):
     assert stored == new
 
 
-def test_another_dataset_brings_its_class_names_and_templates(run_train, tmp_path):
-    run_train("--shots 1 --epochs 1")
-    result = eval.evaluate(tmp_path / "run", dataset="shapes_sketch")
-    assert result["dataset"] == "shapes_sketch" and result["router"]["rows"] == ["dashed"]
-    assert result["config"]["dataset"] == "shapes"  # the run's own
-
-
 def test_a_router_picture_over_classes_for_real_images(
     run_train, eurosat, random_clip_file, tmp_path
 ):

@@ -7,7 +7,7 @@ from PIL import Image
 
 import eval
 from data import load_split, select_classes
-from lib import pictures
+from lib import pictures, world
 from lib.errors import BadInput
 from lib.runs import find_runs
 
@@ -181,7 +181,7 @@ def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_
     run_train("--shots 1 --epochs 1")
     result = eval.evaluate(tmp_path / "run", dataset="shapes_a", classes="new")
     rows, columns, cells = heat_map(figures["eval_shapes_a_new.png"])
-    assert (rows, columns) == (result["router"]["rows"], list(result["prompt_usage"]))
+    assert (rows, columns) == (list(world.STYLES), list(result["prompt_usage"]))
     assert np.allclose(cells, 100 * np.array(result["router"]["share"]), atol=0.51)
 
     run = eval.load_run(tmp_path / "run")

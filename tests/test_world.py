@@ -131,7 +131,7 @@ def test_training_its_clip_lowers_the_loss_and_saves_what_can_be_loaded(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(make_world, "TINY_CLIP", tmp_path / "assets/tiny_clip.pt")
-    for name, value in {"IMAGES_PER_STYLE": 1, "BATCH": 64, "STEPS": 25, "WARM_UP": 2}.items():
+    for name, value in {"IMAGES_PER_STYLE": 1, "BATCH": 32, "STEPS": 16, "WARM_UP": 2}.items():
         monkeypatch.setattr(make_world, name, value)
     monkeypatch.setattr(make_world.multiprocessing, "Pool", _OneProcess)
     make_world.train_clip()
