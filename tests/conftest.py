@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def eurosat(tmp_path_factory):
             draw_image(root / "eurosat/2750" / path, path)
     (root / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
     return root
+
+
+@pytest.fixture
+def own_eurosat(eurosat, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(eurosat, tmp_path / "data")
+    return tmp_path / "data"
 
 
 @pytest.fixture

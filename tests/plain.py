@@ -114,17 +114,20 @@ class Plain(nn.Module):
         """(G, C, D)"""
         model, found = self.clip[0], []
         stop = "." if self.s["stop"] else ""
+        full_stop = model.token_embedding(clip.tokenize(".")[0, 1:2]).detach()
         for context, after in zip(self.contexts, self.afters):
-            tokens = tokenize(model, [name + stop for name in names])
+            # A full stop is read with what stands before it, the name or the words behind it.
+            tokens = tokenize(model, [name + stop * (not len(after)) for name in names])
             end = tokens.argmax(-1)
             rows = model.token_embedding(tokens).detach().nan_to_num()  # unknown words: padding
             sentences = []
             for row, n in zip(rows, end):  # SOS context name after EOT
-                parts = [row[:1], context + shift, row[1:n], after + shift, row[n:]]
+                parts = [row[:1], context + shift, row[1:n], after + shift]
+                parts += [full_stop[: len(stop) * (len(after) > 0)], row[n:]]
                 sentences.append(torch.cat(parts)[: tokens.shape[1]])
             x = torch.stack(sentences) + model.positional_embedding
             x = model.ln_final(model.transformer(x.transpose(0, 1)).transpose(0, 1))
-            last = end + len(context) + len(after)
+            last = end + len(context) + len(after) + len(stop) * (len(after) > 0)
             x = x[torch.arange(len(names)), last] @ model.text_projection
             found.append(unit(x if self.bias is None else x + self.bias))
         return torch.stack(found)

@@ -7,6 +7,7 @@ settings; train.py and eval.py are given a command line.
 import json
 import random
 import re
+import shlex
 import sys
 
 import clip
@@ -23,6 +24,7 @@ from lib.errors import BadInput
 from lib.images import as_clip_reads, load_image
 
 OTHER_GROUPS = [["a photo of {}, a type of land.", "{}."], ["a sketch of a {}."], ["{} texture."]]
+COLOURS = "black blue brown green grey orange pink red white yellow"
 ZERO_SHOT = "a centered satellite photo of {}."
 CASES = {
     # name: (flags, settings)
@@ -32,16 +34,16 @@ CASES = {
     ),
     "other numbers": (
         "--shots 2 --seed 3 --views 2 --epochs 6 --gate-weight 0.5 --text-weight 2 --text-scale 3"
-        " --max-grad-norm 0 --lr 0.004 --top-k 3 --text-bias --warm-up 0 --full-stop",
+        " --max-grad-norm 0 --lr 0.004 --top-k 3 --text-bias --warm-up 0",
         plain.MOCOOP
         | {"views": 2, "epochs": 6, "gate": 0.5, "text": 2.0, "scale": 3.0, "clip": 0.0}
-        | {"lr": 0.004, "top_k": 3, "bias": True, "warm_up": 0, "stop": True},
+        | {"lr": 0.004, "top_k": 3, "bias": True, "warm_up": 0},
     ),
     "words behind the name": (
         "--groups groups.txt --classes new --shots 3 --seed 5 --views 1 --epochs 3"
-        " --text-target templates --gate-weight 0",
+        " --text-target templates --full-stop",
         plain.MOCOOP
-        | {"groups": OTHER_GROUPS, "views": 1, "epochs": 3, "per_template": True, "gate": 0.0},
+        | {"groups": OTHER_GROUPS, "views": 1, "epochs": 3, "per_template": True, "stop": True},
     ),
     "frozen router": (
         "--router frozen --shots 1 --seed 4 --views 2 --epochs 3 --text-weight 0 --top-k 1",
@@ -49,8 +51,10 @@ CASES = {
         | {"router": "frozen", "views": 2, "epochs": 3, "text": 0.0, "top_k": 1, "gate": 0.0},
     ),
     "uniform router": (
-        "--router uniform --classes base --shots 2 --seed 6 --views 2 --epochs 2",
-        plain.MOCOOP | {"router": "uniform", "views": 2, "epochs": 2, "gate": 0.0},
+        "--router uniform --classes base --shots 2 --seed 6 --views 2 --epochs 2"
+        " --init 'a picture of {}'",
+        plain.MOCOOP
+        | {"router": "uniform", "views": 2, "epochs": 2, "gate": 0.0, "init": "a picture of {}"},
     ),
     "random start": (
         "--init random --one-group --shots 2 --seed 7 --views 2 --epochs 2",
@@ -75,9 +79,11 @@ CASES = {
         | {"side": "layer-norms", "views": 1, "epochs": 10, "batch": 5, "lr": 0.032 * 5 / 32},
     ),
     "prompts beside patches": (
-        "--image-side prompts --classes base --shots 2 --seed 2 --epochs 3 --batch-size 5",
+        "--image-side prompts --classes base --shots 2 --seed 2 --epochs 3 --batch-size 5"
+        " --gate-weight 0",
         plain.MOCOOP
-        | {"side": "prompts", "views": 1, "epochs": 3, "batch": 5, "lr": 0.032 * 5 / 32},
+        | {"side": "prompts", "views": 1, "epochs": 3, "batch": 5, "lr": 0.032 * 5 / 32}
+        | {"gate": 0.0},
     ),
 }
 STOPPED = {"other numbers": 4, "published": 2, "LayerNorms": 6, "CoOp": 5}  # after so many epochs
@@ -89,7 +95,7 @@ def start(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def start(script, *args):
-        argv = [f"{script.__name__}.py", *(str(a) for arg in args for a in str(arg).split(" "))]
+        argv = [f"{script.__name__}.py", *(a for arg in args for a in shlex.split(arg))]
         monkeypatch.setattr(sys, "argv", argv)
         script.main()
 
@@ -139,11 +145,11 @@ class Task:
 
 
 class Pets:
-    """A folder of one's own: {train,test}/<class>/*."""
+    """A folder of one's own, {train,test}/<class>/*, with as many classes as EuroSAT."""
 
     def __init__(self, folder):
-        self.images, self.names = folder / "test", ["cat", "dog", "grey parrot"]
-        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(4)]
+        self.images, self.names = folder / "test", [f"{c} parrot" for c in COLOURS.split()]
+        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(2)]
         for part in ("train", "test"):
             for path, _ in self.test:
                 draw_image(folder / part / path, f"{part} {path}")
@@ -206,6 +212,12 @@ def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zer
         assert row == pytest.approx(weights[own].mean(0).tolist(), abs=1.5e-4)
     assert found["n_test"] == len(items) and found["n_classes"] == len(names)
     assert found["n_prompts"] == len(model.contexts)
+    starts = [group[0] for group in model.s["groups"]]
+    if len(starts) == 1 and model.s["init"] not in (None, "random"):
+        starts = [model.s["init"]]  # what a single prompt started from
+    assert list(found["prompt_usage"]) == starts
+    top_k = len(starts) if model.s["router"] == "uniform" else min(model.s["top_k"], len(starts))
+    assert found["top_k"] == top_k
 
 
 def check_probabilities(folder, model, about):
@@ -262,12 +274,15 @@ def test_a_run_is_the_one_computed_apart(
 
     epochs = re.findall(r"epoch +(\d+)/\d+  lr ([\d.]+)  loss ([\d.]+) = (.*?)  prompts", printed)
     assert [int(epoch) for epoch, *_ in epochs] == list(range(1, s["epochs"] + 1))
-    for (epoch, lr, _, terms), (losses, _) in zip(epochs, told):
+    for (epoch, lr, total, terms), (losses, _) in zip(epochs, told):
+        weights = {"image": 1.0, "gate": s["gate"], "text": s["text"]}
+        expected = sum(weights[loss] * value for loss, value in losses.items())
+        assert float(total) == pytest.approx(expected, rel=1e-4, abs=1e-3)
         assert float(lr) == pytest.approx(plain.learning_rate(s, int(epoch) - 1, 1.0), abs=6e-6)
         said = {word.split()[0]: word.split() for word in terms.split(" + ")}
         assert said.keys() == losses.keys()
         for loss, value in losses.items():
-            assert float(said[loss][1]) == {"image": 1.0}.get(loss, s.get(loss))
+            assert float(said[loss][1]) == weights[loss]
             assert float(said[loss][3]) == pytest.approx(value, abs=1e-3)
 
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -295,6 +310,7 @@ def test_a_run_is_the_one_computed_apart(
     about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
     check_numbers(found, model, untrained, *about)
     assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
+    assert (found["dataset"], found["classes"]) == ("eurosat", "new")
     pets = Pets(tmp_path / "pets")
     start(eval, f"run --dataset {tmp_path / 'pets'} --classes all")
     found = json.loads((tmp_path / "run/eval_pets_all.json").read_text())
@@ -303,10 +319,19 @@ def test_a_run_is_the_one_computed_apart(
 
 
 def test_a_linear_probe_is_the_one_computed_apart(
-    start, eurosat, random_clip, random_clip_file, tmp_path, capsys
+    start, eurosat, random_clip, random_clip_file, tmp_path, capsys, monkeypatch
 ):
     """At the minimum of logistic regression the gradients of the two terms cancel, which says what
-    it was fitted to, and how strongly. Before it another run has stored crops of its images."""
+    it was fitted to, and how strongly; what the strength was chosen on, the number alone does not
+    tell. Before it another run has stored crops of its images."""
+    chosen_on = []
+    fit_probe = train.fit_probe
+
+    def spy(class_names, features, val_features, labels, val_labels):
+        chosen_on.append((val_features, val_labels))
+        return fit_probe(class_names, features, val_features, labels, val_labels)
+
+    monkeypatch.setattr(train, "fit_probe", spy)
     files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --shots 3 --seed 2"
     start(train, f"{files} --classes new --epochs 1 --views 1 --out crops")
     start(train, f"{files} --classes new --method linear --out run")
@@ -317,6 +342,9 @@ def test_a_linear_probe_is_the_one_computed_apart(
     y = torch.tensor([label for _, label in task.train])
     run = eval.load_run("run")
     weight, bias = run.model.weight.double(), run.model.bias.double()
+    ((val_features, val_labels),) = chosen_on
+    assert torch.allclose(val_features.double(), val, atol=1e-4)
+    assert val_labels.tolist() == [label for _, label in task.val]
     residual = (x @ weight.T + bias).softmax(-1) - torch.nn.functional.one_hot(y)
     assert residual.sum(0).abs().max() < 1e-4
     assert (weight + c * residual.T @ x).abs().max() < 2e-2 * weight.abs().max()
@@ -353,7 +381,7 @@ def test_clip_as_it_is_is_the_one_computed_apart(
         (Task(eurosat, "base", 1, 1), groups, "result.json"),
         (pets, other_groups, "eval_pets_base.json"),
     ):
-        names = task.names if task is not pets else pets.names[:2]
+        names = task.names if task is not pets else pets.names[:5]
         items = [(path, label) for path, label in task.test if label < len(names)]
         texts = [plain.hard_features(random_clip, t, names) for group in templates for t in group]
         texts = plain.unit(torch.stack(texts).mean(0))

@@ -22,13 +22,6 @@ from lib.errors import BadInput
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
 
 
-@pytest.fixture
-def own_eurosat(eurosat, tmp_path):
-    """A copy that a test may damage."""
-    shutil.copytree(eurosat, tmp_path / "data")
-    return tmp_path / "data"
-
-
 def change_split(root, change):
     file = root / "eurosat/split_zhou_EuroSAT.json"
     split = json.loads(file.read_text())
@@ -228,6 +221,14 @@ def test_a_split_with_wrong_counts_is_not_taken(eurosat, server, tmp_path, monke
     use_server(monkeypatch, *server, drive, counts=(13500, 5400, 8100))
     assert load_split("eurosat", tmp_path / "new").source == "seeded"
     assert "it lists (80, 50, 30) images" in capsys.readouterr().out
+
+
+def test_one_list_of_another_length_is_enough_to_say_so(eurosat, monkeypatch, capsys):
+    for counts, said in (((80, 50, 31), True), ((80, 50, 30), False)):
+        row = replace(DATASETS["eurosat"], counts=counts)
+        monkeypatch.setitem(DATASETS, "eurosat", row)
+        assert (load_split("eurosat", eurosat).samples == "own") == said
+        assert ("NOT comparable" in capsys.readouterr().out) == said
 
 
 def test_without_the_split_a_seeded_one_stands_in_and_says_so(

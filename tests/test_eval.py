@@ -65,6 +65,12 @@ def test_what_is_no_run_is_refused(run_train, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
             eval.evaluate(tmp_path / "run")
+    file.write_bytes(whole)
+    lacking = torch.load(file, weights_only=True)
+    del lacking["model"]["router.gate.bias"]
+    torch.save(lacking, file)
+    with pytest.raises(BadInput, match="checkpoint.pt does not fit the run it names"):
+        eval.evaluate(tmp_path / "run")
     torch.save({}, file)
     with pytest.raises(BadInput, match="checkpoint.pt lacks 'config'"):
         eval.evaluate(tmp_path / "run")

@@ -18,7 +18,7 @@ from conftest import draw_image
 from PIL import Image
 
 from data import Item, Split, load_split
-from lib import cache, images, processes
+from lib import cache, images, processes, world
 from lib.errors import BadInput
 from lib.images import image_features
 
@@ -26,13 +26,6 @@ from lib.images import image_features
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def own_eurosat(eurosat, tmp_path):
-    """A copy that a test may damage."""
-    shutil.copytree(eurosat, tmp_path / "data")
-    return tmp_path / "data"
 
 
 # -------------------------------------------------------------------------------- transforms
@@ -169,6 +162,52 @@ def test_a_changed_image_is_encoded_again(own_eurosat, random_clip, capsys):
     assert "1 to encode" in said
     assert not torch.allclose(after[0], before[0])
     assert torch.equal(after[1:], before[1:])
+
+
+def test_an_image_edited_within_its_size_is_encoded_again(own_eurosat, random_clip, capsys):
+    split = load_split("eurosat", own_eurosat)
+    encode(random_clip, split, split.test, capsys)
+    path = split.folder / split.test[0].path
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    _, said = encode(random_clip, split, split.test, capsys)
+    assert "1 to encode" in said
+
+
+def test_features_name_how_their_image_was_read_or_drawn(
+    random_clip, tmp_path, capsys, monkeypatch
+):
+    """A photo that is to be turned: CoOp does not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    items, found = [Item("turned.png", 0)], []
+    for source in ("coop", "folder"):
+        split = Split("photos", tmp_path, source, ["a"], items, [], items)
+        features, said = encode(random_clip, split, items, capsys)
+        assert "1 to encode" in said
+        found.append(features)
+    assert not torch.allclose(*found, atol=1e-3)
+    split = load_split("shapes", "nowhere")
+    encode(random_clip, split, split.test[:2], capsys)
+    monkeypatch.setattr(world, "SOURCE_HASH", "other drawings")
+    assert "2 to encode" in encode(random_clip, split, split.test[:2], capsys)[1]
+
+
+def test_rows_that_are_no_features_are_not_taken(eurosat, random_clip, capsys):
+    split = load_split("eurosat", eurosat)
+    before, _ = encode(random_clip, split, split.test, capsys)
+    (shard,) = cache.CACHE.rglob("*.npz")
+    with np.load(shard) as file:
+        keys, rows = file["keys"], file["rows"]
+    for damaged in (np.where(np.arange(65) == 3, np.nan, rows), rows[:, :-1], rows[:-1]):
+        np.savez(shard, keys=keys, rows=damaged)
+        after, said = encode(random_clip, split, split.test, capsys)
+        assert "is damaged" in said and "30 to encode" in said
+        assert torch.equal(after, before)
+        (shard,) = cache.CACHE.rglob("*.npz")
 
 
 def test_another_clip_shares_nothing(eurosat, random_clip, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,13 @@ from conftest import HERE, parse
 import eval
 import train
 from lib import cache as feature_cache
-from lib import grouping
+from lib import grouping, probe
 from lib.catalogue import DATASETS, template_groups
 from lib.clip_model import load_clip
 from lib.errors import BadInput
 from lib.probe import linear_probe, logistic_regression
 from lib.templates import all_templates
+from lib.tokens import known_tokens, words_of
 from lib.world import SHAPES_CLASSES
 from prompts import SoftPrompts, template_features
 
@@ -81,6 +83,23 @@ def test_the_probes_strength_is_chosen_on_validation_images():
     assert torch.allclose(again[0], weight, atol=1e-4)
 
 
+def test_the_probes_strength_is_found_between_powers_of_a_hundred(monkeypatch):
+    """Of validation images at 0 to 10, a probe of strength c gets right what lies above the
+    distance of log10(c) from 2.7."""
+
+    def regression(features, labels, n_classes, c):
+        assert features is train_features and n_classes == 2
+        return torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -abs(math.log10(c) - 2.7)])
+
+    monkeypatch.setattr(probe, "logistic_regression", regression)
+    train_features = -torch.linspace(0, 10, 1001)[:, None]
+    val_features, ones = torch.linspace(0, 10, 1001)[:, None], torch.ones(1001, dtype=torch.long)
+    *_, c = linear_probe(train_features, ones, val_features, ones, 2)
+    assert abs(math.log10(c) - 2.7) < 0.05
+    *_, c = linear_probe(train_features, ones, val_features + 100, ones, 2)
+    assert c == 10.0**6  # all are equally good: CoOp's first
+
+
 # -------------------------------------------------------------------------- prompts of one's own
 
 
@@ -102,6 +121,29 @@ def test_the_number_of_epochs_follows_the_shots_in_coop():
     }
     assert epochs == {1: 50, 2: 100, 4: 100, 8: 200, 16: 200, 32: 200}
     assert config_of("--method", "coop", "--shots", 16, "--dataset", "imagenet")["epochs"] == 50
+
+
+@pytest.mark.parametrize(
+    "method, paper",
+    [
+        ("mocoop", plain.MOCOOP),
+        ("coop", plain.COOP),
+        ("cocoop", plain.COCOOP),
+        ("lasp", plain.LASP),
+    ],
+)
+def test_a_methods_settings_are_its_papers(method, paper):
+    config = config_of("--method", method, "--shots", 4)
+    names = {
+        "epochs": "epochs", "warm_up": "warm_up", "batch_size": "batch", "lr": "lr",
+        "max_grad_norm": "clip", "gate_weight": "gate", "text_weight": "text",
+        "text_scale": "scale", "text_bias": "bias", "full_stop": "stop", "views": "views",
+        "conditional": "conditional", "router": "router",
+    }  # fmt: skip
+    assert {ours: config[ours] for ours in names} == {o: paper[t] for o, t in names.items()}
+    assert config["init"] == (paper["init"] or "template")
+    assert config["top_k"] == 2 and config["image_side"] == "frozen"
+    assert (config["text_target"] == "templates") == paper["per_template"]
 
 
 @pytest.mark.parametrize("method", train.METHODS)
@@ -212,6 +254,18 @@ def test_templates_are_merged_nearest_first_by_average_linkage():
     assert groups(4.0) == [[0, 1, 2], [3]]
 
 
+def test_templates_are_far_apart_by_what_they_do_not_share():
+    """Two classes, whose own directions all templates share, and three templates."""
+    own = torch.tensor([[3.0, 0, 0, 0], [0, 3.0, 0, 0]])
+    of_template = torch.tensor([[0, 0, 1.0, 0.2], [0, 0, 1.0, -0.2], [0, 0, -1.0, 0]])
+    features = F.normalize(own + of_template[:, None], dim=-1)
+    distance = grouping.distances(features)
+    assert distance[0, 1] < 0.2 and distance[0, 2] > 1.5 and distance[1, 2] > 1.5
+    centred = features - (features[0] + features[1] + features[2]) / 3
+    cosine = F.cosine_similarity(centred[0], centred[2], dim=-1).mean()
+    assert math.isclose(distance[0, 2], 1 - cosine, rel_tol=1e-5)
+
+
 def test_silhouette_by_hand():
     points = torch.tensor([0.0, 2.0, 10.0, 14.0])
     distance = (points[:, None] - points).abs()
@@ -252,6 +306,14 @@ def test_the_words_nearest_to_an_untrained_prompt_are_its_own(run_train, tmp_pat
     assert [d for _, d in nearest["a photo of a {}."][1]] == sorted(
         d for _, d in nearest["a photo of a {}."][1]
     )
+    run_train("--shots 1 --epochs 1 --lr 1 --warm-up 0 --out", tmp_path / "moved")
+    run = eval.load_run(tmp_path / "moved")
+    known, embeddings = sorted(known_tokens(run.clip_model)), run.clip_model.token_embedding.weight
+    vector = run.model.prompts.context_before[0][1].detach()
+    distances = {token: (embeddings[token] - vector).norm().item() for token in known}
+    words = eval.nearest_words(tmp_path / "moved")["a photo of a {}."][1]
+    for (word, distance), token in zip(words, sorted(known, key=distances.get)[:3]):
+        assert word == words_of([token])[0] and abs(distance - distances[token]) < 2e-3
     run_train("--method zeroshot --shots 1 --out", tmp_path / "none")
     with pytest.raises(BadInput, match="it has no prompts"):
         eval.nearest_words(tmp_path / "none")

@@ -186,6 +186,23 @@ def test_the_epochs_line_shows_every_loss_as_weight_times_value_and_their_sum(ca
     assert "loss 0.900 = image 1 x 1.500 + entropy -2 x 0.300  prompts 25 75 %" in line
 
 
+def test_the_seconds_before_a_stop_count_and_every_epoch_is_saved():
+    parts = {"model": nn.Linear(1, 1), "order": torch.Generator()}
+    states = []
+    for state in (None, {"seconds": 1000.0, "epoch": 2}):
+        state = state and states[1] | state
+        progress = Progress(parts, 4, 1, states.append, state)
+        done = []
+        for epoch in progress.epochs():
+            progress.step({"image": (1.0, torch.tensor(1.0))}, torch.tensor([[0.25, 0.75]]))
+            progress.end_epoch(0.01)
+            done.append(epoch)
+        assert done == ([0, 1, 2, 3] if state is None else [2, 3])
+    assert [s["epoch"] for s in states] == [1, 2, 3, 4, 3, 4]
+    assert 1000 < states[-1]["seconds"] <= progress.seconds < 1010
+    assert states[3]["seconds"] < 10
+
+
 def test_what_is_trained_is_what_requires_gradients(random_clip):
     config = config_of("--router", "frozen", "--text-bias")
     model = train.make_model(random_clip, GROUPS, config)

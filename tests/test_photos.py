@@ -180,6 +180,17 @@ def test_flags_that_mean_nothing_beside_others_are_refused(flags, monkeypatch, c
     assert status == 2 and "means nothing here" in errors[0]
 
 
+def test_every_photo_of_many_is_opened_once_and_in_order(tmp_path):
+    files = [tmp_path / f"{i:03d}.png" for i in range(70)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(file)
+    opened = list(eval.open_photos(files))
+    assert [file for some, _ in opened for file in some] == files
+    reds = [image.getpixel((0, 0))[0] for _, images in opened for image in images]
+    assert reds == list(range(70))
+    assert max(len(some) for some, _ in opened) <= 32
+
+
 def test_names_must_differ(tmp_path):
     with pytest.raises(BadInput, match="each once"):
         eval.read_names("cat, dog, cat")
@@ -192,6 +203,7 @@ def test_no_input_is_ever_replaced(world_run, photos, tmp_path, monkeypatch, cap
     before = first.read_bytes(), names.read_bytes()
     for flags in (
         ["--csv", first],
+        ["--csv", first.parent / "deep/.." / first.name],
         ["--sheet", first],
         ["--names", names, "--csv", names],
         ["--csv", tmp_path / "x", "--sheet", tmp_path / "x"],

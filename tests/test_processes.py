@@ -35,12 +35,12 @@ def learned(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--shots", 2, "--text-bias", "--classes", "base"],
-        ["--shots", 1, "--text-weight", 0, "--top-k", 1, "--batch-size", 1, "--chunk", 7],
+        "--shots 2 --text-bias --image-side layer-norms --batch-size 5",
+        "--shots 1 --text-weight 0 --top-k 1 --batch-size 1 --chunk 7 --views 2",
     ],
 )
-def test_two_processes_learn_what_one_learns(torchrun, run_train, tmp_path, flags):
-    flags = [*map(str, flags), "--epochs", "4"]
+def test_two_processes_learn_what_one_learns(torchrun, run_train, small, tmp_path, flags):
+    flags = f"{small.removesuffix(' --views 1')} --epochs 4 {flags}".split()
     process = torchrun(2, *flags, "--out", tmp_path / "two")
     out, error = process.communicate(timeout=200)
     assert process.returncode == 0, error

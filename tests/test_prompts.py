@@ -146,6 +146,8 @@ def test_groups_of_ones_own_are_lines_with_blank_lines_between(tmp_path):
         ["a photo of a {}.", "a picture of a {}."],
         ["{} texture."],
     ]
+    file.write_text("\ufeffa photo of a {}.\n", encoding="utf-8")  # as Windows' Notepad saves
+    assert templates.read_groups(file) == [["a photo of a {}."]]
     file.write_text("\n")
     with pytest.raises(BadInput, match="holds no template"):
         templates.read_groups(file)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from lib import tables
+from lib import metrics, tables
 from lib.errors import BadInput
 from lib.runs import find_runs
 
@@ -58,6 +59,36 @@ def test_the_table_takes_h_from_the_mean_base_and_the_mean_new_accuracy(tmp_path
     row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
     assert row["accuracy"] == "85.0 ± 5.0" and row["new"] == "60.0 ± 10.0"
     assert row["H"] == "70.3"  # 2 * 85 * 60 / 145
+
+
+def test_clip_as_it_is_has_its_own_numbers_in_every_column(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"{seed}", seed, 90.0, "base", evaluations=[("eurosat", "new", 70.0)])
+        file = tmp_path / f"{seed}/eval_eurosat_new.json"
+        other = json.loads(file.read_text()) | {"zero_shot_accuracy": 41.0 + seed}
+        file.write_text(json.dumps(other | {"ensemble_accuracy": 45.0}))
+    by_method = {row["method"]: row for row in rows(tables.runs_table(find_runs(tmp_path)))}
+    assert by_method["zero-shot"]["accuracy"] == "50.0"
+    assert by_method["zero-shot"]["new"] == "42.5 ± 0.5"
+    assert by_method["ensemble"]["new"] == "45.0" and by_method["mocoop"]["new"] == "70.0"
+
+
+def test_ensembles_of_other_templates_have_rows_of_their_own(tmp_path):
+    write_run(tmp_path / "own", 1, 90.0)
+    write_run(tmp_path / "auto", 1, 90.0, groups="auto")  # the same templates, in other groups
+    write_run(tmp_path / "file", 1, 90.0, groups="mine.txt")
+    file = tmp_path / "file/result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ensemble_accuracy": 33.0}))
+    found = rows(tables.runs_table(find_runs(tmp_path)))
+    found = [row["accuracy"] for row in found if row["method"] == "ensemble"]
+    assert sorted(found) == ["33.0", "60.0"]
+
+
+def test_of_two_classes_with_one_name_both_keep_their_accuracy():
+    """ImageNet has a few."""
+    answers, labels = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 1, 2, 0])
+    found = metrics.per_class_accuracy(answers, labels, ["crane", "sea", "crane", "fox"])
+    assert found == {"crane": 66.67, "sea": 50.0, "crane (2)": 100.0, "fox": None}
 
 
 def test_other_datasets_get_a_column_each(tmp_path):

@@ -195,6 +195,40 @@ def test_resume_starts_fresh_without_a_run_and_leaves_a_finished_one(run_train, 
     assert (tmp_path / "run/result.json").stat().st_mtime_ns == before
 
 
+def test_without_resume_a_stopped_run_starts_over(run_train, small, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        interrupt(patch, 2)
+        run_train(f"{small} --shots 1 --epochs 3")
+    capsys.readouterr()
+    run_train(f"{small} --shots 1 --epochs 3")
+    said = capsys.readouterr().out
+    assert "stopped halfway: starting over without --resume" in said and "epoch   1/3" in said
+
+
+def test_a_second_training_over_a_finished_run_can_be_resumed(
+    run_train, small, monkeypatch, capsys
+):
+    run_train(f"{small} --shots 1 --epochs 3")
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        interrupt(patch, 2)
+        run_train(f"{small} --shots 1 --epochs 3")
+    capsys.readouterr()
+    run_train(f"{small} --shots 1 --epochs 3 --resume")
+    said = capsys.readouterr().out
+    assert "resuming after epoch 2" in said and "epoch   2/3" not in said and "epoch   3/3" in said
+
+
+def test_a_run_that_is_too_old_to_know_a_flag_had_its_default(run_train, small, tmp_path):
+    run_train(f"{small} --shots 1 --epochs 1")
+    file = tmp_path / "run/result.json"
+    result = json.loads(file.read_text())
+    del result["config"]["text_scale"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(BadInput, match="holds a run with text_scale 1.0 instead of 2.0"):
+        run_train(f"{small} --shots 1 --epochs 1 --text-scale 2")
+    run_train(f"{small} --shots 1 --epochs 1 --text-scale 1")
+
+
 def test_a_rerun_replaces_its_folder_and_says_so(run_train, tmp_path, capsys):
     run_train("--shots 1 --epochs 1")
     (tmp_path / "run/eval_shapes_all.json").write_text("{}")  # of the checkpoint that goes
@@ -236,29 +270,27 @@ def test_files_that_only_look_like_a_runs_are_left_alone(run_train, tmp_path):
         (tmp_path / "run" / name).unlink()
 
 
-@pytest.mark.parametrize("change", ["templates", "weights"])
+@pytest.mark.parametrize("change", ["templates", "weights", "images"])
 def test_a_stopped_run_is_not_resumed_with_other_parts(
-    run_train, tmp_path, monkeypatch, random_clip, change
+    run_train, own_eurosat, tmp_path, monkeypatch, random_clip, change
 ):
     (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
     torch.save(random_clip.state_dict(), tmp_path / "clip.pt")
-    flags = (
-        "--shots 1 --epochs 3",
-        "--groups",
-        tmp_path / "groups.txt",
-        "--clip",
-        tmp_path / "clip.pt",
-    )
-    save = train.save_torch
-    interrupt(monkeypatch, 1)
-    with pytest.raises(InterruptedError):
+    flags = f"--dataset eurosat --data {own_eurosat} --views 1 --shots 1 --epochs 3"
+    flags = flags, "--groups", tmp_path / "groups.txt", "--clip", tmp_path / "clip.pt"
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        interrupt(patch, 1)
         run_train(*flags)
-    monkeypatch.setattr(train, "save_torch", save)
     if change == "templates":
         (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na drawing of a {}.\n")
-    else:
+    elif change == "weights":
         state = {k: v + 0.01 for k, v in random_clip.state_dict().items()}
         torch.save(state, tmp_path / "clip.pt")
+    else:
+        file = own_eurosat / "eurosat/split_zhou_EuroSAT.json"
+        split = json.loads(file.read_text())
+        split["train"] = split["train"][::-1]
+        file.write_text(json.dumps(split))
     with pytest.raises(BadInput, match="other images, templates or CLIP weights"):
         run_train(*flags, "--resume")
 
