@@ -8,7 +8,7 @@ import clip
 import plain
 import pytest
 import torch
-from conftest import parse
+from conftest import HERE, parse
 
 import eval
 import train
@@ -156,8 +156,26 @@ def test_parts_exchanged_have_a_column_per_task_and_half(lines):
     assert row[2:] == ["81.5", "82.5", "83.5", "84.5", "61.5", "62.5", "63.5", "64.5"]
     assert cells(table, ["router, prototypes"])[:2] == ["84.0", "64.0"]
     assert cells(table, ["CoOp: prompts"])[:2] == ["70.0", "50.0"]
+    for seed in (1, 5):
+        accuracy = {"router, prompts": 60.0 + seed, "target, prompts": 70.0}
+        look = {"gate": {"entropy": 0.5}, "classes": {"cosine": 0.25}}
+        parts = {images: {"accuracy": accuracy} | look for images in ("all", "shapes_r")}
+        lines.append(run("shapes", "all", "mocoop", seed, 90.0, why=parts))
+    table = results.why_shifted_table(lines)
+    assert cells(table, ["router, prompts"]) == ["63.0", "nan", "nan", "nan", "63.0"]
+    assert cells(results.gate_table(lines), ["shapes_r"]) == ["0.500", "0.250"]
+    assert cells(results.why_table(lines), ["router, prompts"])[:2] == ["83.0", "63.0"]
     row = cells(results.gate_table(lines), ["shapes, new"])
     assert row == ["0.823", "0.623"]  # (81 + 82 + 84) / 3
+
+
+def test_the_pages_show_the_results_that_are_kept(monkeypatch):
+    monkeypatch.chdir(HERE.parent)
+    lines = results.load_results()
+    assert len(lines) == len(list(reproduce.jobs()))
+    for page, tables in results.pages(lines).items():
+        text = page.read_text(encoding="utf-8")
+        assert results.filled(text, tables) == text, page
 
 
 def test_a_mixture_is_taken_apart_into_what_it_was(
@@ -228,7 +246,7 @@ def test_a_run_is_made_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--method mocoop --shots 1 --epochs 1 --classes base"
     monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(reproduce, "is_to_be_taken_apart", lambda folder: True)
+    monkeypatch.setattr(reproduce, "is_to_be_taken_apart", lambda config, folder: True)
     monkeypatch.setattr(reproduce.results, "SHIFTED", ())
     first = reproduce.run_job(flags)
     assert [e["classes"] for e in first[1]] == ["new"] and set(first[2]) == {"base", "new"}

@@ -79,8 +79,9 @@ def evaluations(config):
     return []
 
 
-def is_to_be_taken_apart(folder):
-    return folder.name.startswith(("mocoop_16shot_base", "coop_16shot_base"))
+def is_to_be_taken_apart(config, folder):
+    published = folder.name.startswith(("mocoop_16shot_", "coop_16shot_"))
+    return published and (config["classes"] == "base" or config["dataset"] == "shapes")
 
 
 def run_job(flags, again=False):
@@ -99,9 +100,8 @@ def run_job(flags, again=False):
             name = f"{target.get('dataset', config['dataset'])}_{target.get('classes', 'all')}"
             if not (folder / f"eval_{name}.json").exists():
                 eval.evaluate(folder, **target)
-        if is_to_be_taken_apart(folder) and not (folder / "why.json").exists():
-            shifted = results.SHIFTED if config["dataset"] == "shapes" else ()
-            why(folder, shifted)
+        if is_to_be_taken_apart(config, folder) and not (folder / "why.json").exists():
+            why(folder, results.SHIFTED if config["classes"] == "all" else ())
     read = [json.loads(file.read_text()) for file in sorted(folder.glob("eval_*.json"))]
     parts = folder / "why.json"
     return results.compact(
@@ -153,13 +153,15 @@ def run_again(todo):
 
 
 def write_tables(lines):
-    """Fills docs/RESULTS.md, and draws assets/few_shot.png, router.png, usage.png, ablation.png."""
-    page = results.PAGE.read_text(encoding="utf-8")
-    results.PAGE.write_text(results.filled(page, results.tables(lines)), encoding="utf-8")
+    """Fills README.md and docs/RESULTS.md, and draws assets/few_shot.png, router.png, usage.png,
+    ablation.png."""
+    for page, tables in results.pages(lines).items():
+        text = results.filled(page.read_text(encoding="utf-8"), tables)
+        page.write_text(text, encoding="utf-8")
     shapes = [line[:2] for line in lines if line[0]["dataset"] == "shapes"]
     shapes = [run for run in shapes if "image_side" not in run[0]["changed_flags"]]
     drawn = draw_pictures(shapes, Path("assets"))
-    print(f"saved: {results.PAGE}, assets/{', assets/'.join(drawn)}")
+    print(f"saved: README.md, docs/RESULTS.md, assets/{', assets/'.join(drawn)}")
 
 
 def run_command_line():

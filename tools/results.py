@@ -1,8 +1,8 @@
 """The compact results of many runs, and the tables and pictures that are made of them.
 
 docs/results.jsonl holds one run per line: what a table or a picture reads of its `result.json`, of
-its evaluations and of its `why.json`. docs/RESULTS.md has a place for each table, between
-`<!-- name -->` and `<!-- end -->`, which `write_tables` fills.
+its evaluations and of its `why.json`. README.md and docs/RESULTS.md have a place for each of their
+tables, between `<!-- name -->` and `<!-- end -->`, which `tools.reproduce` fills.
 """
 
 import json
@@ -18,7 +18,6 @@ from lib.tables import accuracies, markdown
 from lib.world import TASKS
 
 RESULTS = Path("docs", "results.jsonl")
-PAGE = Path("docs", "RESULTS.md")
 NAMES = {
     "zero-shot": "zero-shot, one template",
     "ensemble": "ensemble of all templates",
@@ -242,25 +241,44 @@ def images_table(numbers, lines):
     return markdown([heading, *rows])
 
 
-def why_table(lines):
-    """Accuracy with parts of the trained mixture exchanged, on base and on new classes, by task."""
+def _parts(lines, columns):
+    """{way of routing, text features: {column: mean}} of runs that were taken apart; columns:
+    (task, images) each."""
     found = defaultdict(lambda: defaultdict(list))
     for result, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
-        for classes in ("base", "new") if parts and result["seed"] in SEEDS else ():
-            for way, value in parts[classes]["accuracy"].items():
+        for images in (parts or {}).keys() & {images for _, images in columns}:
+            for way, value in parts[images]["accuracy"].items():
+                routing, texts = way.split(", ")
                 if result["method"] == "coop":  # one prompt, so no routing
-                    way = f"CoOp: {way.removeprefix('router, ')}"
-                    if way.count(","):
+                    if routing != "router":
                         continue
-                found[way][result["dataset"], classes].append(value)
+                    way = f"CoOp: {texts}"
+                found[way][result["dataset"], images].append(value)
+    return {
+        way: {column: np.mean(values[column]) if values[column] else np.nan for column in columns}
+        for way, values in found.items()
+    }
+
+
+def why_table(lines):
+    """Accuracy with parts of the trained mixture exchanged, on base and on new classes, by task."""
+    lines = [line for line in lines if line[0]["seed"] in SEEDS]
     columns = [(task, classes) for classes in ("base", "new") for task in TASKS]
     rows = []
-    for way, values in found.items():
-        means = [np.mean(values[column]) if values[column] else np.nan for column in columns]
-        halves = np.mean(means[: len(TASKS)]), np.mean(means[len(TASKS) :])
-        rows.append([way, *(f"{m:.1f}" for m in (*halves, *means))])
+    for way, means in _parts(lines, columns).items():
+        halves = [[means[task, classes] for task in TASKS] for classes in ("base", "new")]
+        cells = (*np.mean(halves, axis=1), *means.values())
+        rows.append([way, *(f"{mean:.1f}" for mean in cells)])
     heading = ["routing, text features", "base", "new", *(" ".join(column) for column in columns)]
     return markdown([heading, *rows])
+
+
+def why_shifted_table(lines):
+    """The same for training on all classes of `shapes`, on its test images and the shifted sets."""
+    columns = [("shapes", images) for images in ("all", *SHIFTED)]
+    means = _parts(lines, columns)
+    rows = [[way, *(f"{mean:.1f}" for mean in row.values())] for way, row in means.items()]
+    return markdown([["routing, text features", "shapes", *SHIFTED], *rows])
 
 
 def gate_table(lines):
@@ -268,11 +286,11 @@ def gate_table(lines):
     found = defaultdict(lambda: defaultdict(list))
     for result, _, parts in lines:
         for name, part in (parts if parts and result["method"] == "mocoop" else {}).items():
-            what = f"{result['dataset']}, {name}" if name in ("base", "new") else name
+            what = name if name in SHIFTED else f"{result['dataset']}, {name}"
             for key, value in (part["gate"] | part["classes"]).items():
                 found[what][key].append(value)
     keys = list(next(iter(found.values()))) if found else []
-    rows = [[what, *(f"{np.mean(v[k]):.3f}" for k in keys)] for what, v in found.items()]
+    rows = [[what, *(f"{np.mean(v[k]):.3f}" for k in keys)] for what, v in sorted(found.items())]
     return markdown([["images of", *keys], *rows])
 
 
@@ -289,8 +307,16 @@ def tables(lines):
         "rates": rates_table(lines),
         "images": images_table(numbers, lines),
         "why": why_table(lines),
+        "why-shifted": why_shifted_table(lines),
         "gate": gate_table(lines),
     }
+
+
+def pages(lines):
+    """{a Markdown file: {name: its table}}"""
+    every = tables(lines)
+    short = {"methods": every["methods"]}
+    return {Path("README.md"): short, Path("docs", "RESULTS.md"): every}
 
 
 def filled(page, tables):

@@ -1,6 +1,6 @@
 """Why the mixture does what it does on classes and styles that it has not seen.
 
-    python -m tools.why RUN      # a finished run of --classes base
+    python -m tools.why RUN      # a finished run of mocoop or coop
 
 Takes a trained mixture apart and puts other parts in their place: hand-written prototypes for its
 prompts, equal weights or the gate's own target for its router. Writes `why.json` into the run's
@@ -73,15 +73,16 @@ def _between_classes(text_features):
 
 
 def why(folder, datasets=()):
-    """`why.json` of a run of base classes: on base and new classes, and on all classes of further
-    datasets. Returns its dictionary."""
+    """`why.json` of a run: on its own classes, on the new ones if these are the base, and on all
+    classes of further datasets. Returns its dictionary."""
     run = load_run(folder)
     config = run.config
     if config["classifier"] != "prompts" or config["conditional"]:
         raise BadInput(
             f"{folder} is a run of {config['method']}: there is no mixture to take apart"
         )
-    tasks = {c: (config["dataset"], c) for c in ("base", "new")}
+    own = ("base", "new") if config["classes"] == "base" else (config["classes"],)
+    tasks = {classes: (config["dataset"], classes) for classes in own}
     tasks |= {dataset: (dataset, "all") for dataset in datasets}
     found = {}
     for name, (dataset, classes) in tasks.items():
@@ -93,7 +94,7 @@ def why(folder, datasets=()):
 
 def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="the folder of a finished run of --classes base")
+    parser.add_argument("run", help="the folder of a finished run")
     for name, part in why(parser.parse_args().run).items():
         print(name)
         for numbers in part.values():
