@@ -116,8 +116,7 @@ def label(method, changed_flags):
 
 
 def _slug(value):
-    """A flag's value as part of a folder name; of a file, its name."""
-    text = str(value)
-    if len(text) < 200 and Path(text).is_file():
-        text = Path(text).stem
-    return re.sub(r"[^\w.]+", "-", text)
+    """A flag's value as part of a folder name; of a file, which is named by its full path, its
+    name."""
+    path = Path(str(value))
+    return re.sub(r"[^\w.]+", "-", path.stem if path.is_absolute() else str(value))

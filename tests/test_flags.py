@@ -51,6 +51,9 @@ def test_a_flag_that_is_given_wins_over_the_methods_own():
     assert complete == config | {"wide": True, "kind": "flat"}
     assert flags.changed(complete, defaults) == {"size": 3.0}
     assert flags.label("large", {"size": 3.0}) == "large-size3.0"
+    assert flags.label("large", {"kind": "a b", "wide": False}) == "large-kinda-b-wideFalse"
+    gone = "/home/me/my groups.txt"  # a run is called the same when its file is no longer there
+    assert flags.label("plain", {"groups": gone}) == "plain-groupsmy-groups"
 
 
 def test_a_flag_that_the_method_lacks_or_nobody_reads_is_refused():
