@@ -11,8 +11,7 @@ A dataset is one of three things:
 - a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`;
 - the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
 
-Each becomes a `Split`: three lists of images with labels. From top to bottom: the split, few-shot
-samples, base and new classes, and how a split is loaded and checked.
+Each becomes a `Split`: three lists of images with labels.
 """
 
 import os
@@ -63,18 +62,13 @@ class Split:
         """The RGB image at `path`, a PIL image. Raises BadInput if it cannot be read."""
         if self.folder is None:
             return world.draw_path(self.dataset, path)
-        return open_photo(self.folder / path, self._as_coop)
+        return open_photo(self.folder / path, as_coop=self.source == "coop")
 
     def identity(self, path):
         """What `open(path)` depends on beside the bytes of a file, as a string."""
         if self.folder is None:
             return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
-        return f"{path}|{self._as_coop}"
-
-    @property
-    def _as_coop(self):
-        """Whether images are read as CoOp and its successors do, for numbers that compare."""
-        return self.source == "coop"
+        return f"{path}|{self.source == 'coop'}"
 
     @property
     def kinds(self):
@@ -86,8 +80,7 @@ class Split:
         return [item.label for item in self.test], self.class_names
 
     def views(self, n):
-        """How many augmented views to take of a training image: n, or None for drawn images, which
-        stay as they are drawn."""
+        """How many augmented views to take of a training image: n, or None for a drawn one."""
         return None if self.folder is None else n
 
 
@@ -274,7 +267,7 @@ def _own_folder(dataset):
         return _seeded_split(dataset, folder, "", {})
     if "train" not in given or "test" not in given:
         raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
-    classes = sorted({*class_folders(folder / "train"), *class_folders(folder / "test")})
+    classes = sorted({name for part in given for name in class_folders(folder / part)})
     lists = {part: image_files(folder, part, classes) for part in PARTS}
     return _split(dataset, folder, "folder", [readable(name) for name in classes], lists)
 
@@ -302,11 +295,10 @@ def _seeded_split(dataset, folder, images, folder_names):
 def _check(split):
     """The split; raises BadInput unless it has classes, with images in train and test each."""
     where = split.folder
-    if not split.class_names:
-        raise BadInput(f"no class folders in {where}: expected {where}/<class>/<image>")
     parts = [part for part in PARTS if getattr(split, part)]
     if not parts:
-        raise BadInput(f"no images in {where}: expected {where}/<class>/<image>")
+        what = "images" if split.class_names else "class folders"
+        raise BadInput(f"no {what} in {where}: expected {where}/<class>/<image>")
     for name in (str(where), *split.class_names):
         if not name.strip() or name.encode(errors="ignore").decode() != name:
             raise BadInput(f"{where}: {name!r} is no name in Unicode: rename that folder")
@@ -314,9 +306,7 @@ def _check(split):
     if twice and split.source != "coop":  # ImageNet has a few names twice
         raise BadInput(f"two classes in {where} have one name, {twice[0]!r}, to CLIP's lower case")
     if len(split.class_names) == 1:
-        raise BadInput(
-            f"{where} has one class only, {split.class_names[0]!r}: nothing to tell apart"
-        )
+        raise BadInput(f"{where} has one class only, {split.class_names[0]!r}")
     test_only = parts == ["test"] and split.source == "coop"
     for part in ["test"] if test_only else ["train", "test"]:
         present = {item.label for item in getattr(split, part)}

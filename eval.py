@@ -42,11 +42,7 @@ from train import accuracy_on, examine, learns_images, make_model
 
 
 class Run(NamedTuple):
-    """A trained run, ready to be used.
-
-    run = load_run("out/shapes/mocoop_16shot_all_seed1")
-    names, probabilities, weights = run.classify([Image.open("photo.jpg")])
-    """
+    """A trained run, ready to be used: see the README on your own photos."""
 
     config: dict  # every flag
     groups: list  # of templates, one prompt each

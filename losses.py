@@ -40,8 +40,7 @@ def text_loss(text_features, prototypes, scale=1.0):
     prototypes = prototypes.expand_as(text_features).reshape(-1, n_classes, width)
     text_features = text_features.reshape(-1, n_classes, width)
     labels, total = torch.arange(n_classes, device=text_features.device), 0
-    # Some groups at a time, which bounds what comes and goes: all similarities of 4 groups with
-    # 4,000 classes are 64 million numbers, and the loss makes several of each.
+    # Some groups at a time: 4 groups with 4,000 classes have 64 million similarities.
     at_once = max(1, NUMBERS_AT_ONCE // n_classes**2)
     for soft, hard in zip(text_features.split(at_once), prototypes.split(at_once)):
         logits = (scale * soft @ hard.transpose(-1, -2)).flatten(0, 1)  # (G * C soft, C hard)

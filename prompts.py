@@ -118,14 +118,12 @@ class SoftPrompts(nn.Module):
                 for half in halves:
                     check_words(known, token_ids(half), half)
                 before, after = (embeddings[list(token_ids(half))].float() for half in halves)
-            self.context_before.append(nn.Parameter(before.detach().clone()))  # (tokens, W)
-            self.context_after.append(
-                nn.Parameter(after.detach().clone())
-            )  # (tokens, W), often none
+            # (tokens, W) each; there are often none behind the name.
+            self.context_before.append(nn.Parameter(before.detach().clone()))
+            self.context_after.append(nn.Parameter(after.detach().clone()))
 
     def set_classes(self, clip_model, class_names, chunk=None):
-        """Puts every class name into every prompt. chunk: how many of these sentences are encoded
-        at a time, see `Sentences`.
+        """Puts every class name into every prompt. chunk: see `Sentences`.
 
         Raises BadInput for a name that makes a prompt too long or has no embedding.
         """
@@ -136,9 +134,7 @@ class SoftPrompts(nn.Module):
         # A full stop is read with what stands before it: the two of "U.S.." are one token.
         stop = token_ids(".") if self.full_stop else ()
         stopped = fill_in("{}.", class_names) if self.full_stop else names
-        # A sentence is a list of ids. Below LEARNED: a token of CLIP's vocabulary. LEARNED + i: row
-        # i of `context()`. `Sentences.encode` looks both up in one table, so that gradients reach
-        # the vectors.
+        # A sentence is a list of ids: tokens of CLIP, and LEARNED + i for row i of `context()`.
         prompts, ids = [], count(LEARNED)
         for template, *contexts in zip(self.templates, self.context_before, self.context_after):
             before, after = ([next(ids) for _ in vectors] for vectors in contexts)

@@ -41,7 +41,6 @@ class Router(nn.Module):
 
         An image's weights sum to 1 and are zero for all but its K prompts. Softmax runs over the
         K chosen logits alone: what the others scored must not shrink the chosen ones' weights.
-        The gate loss reads the gate_logits that are returned here.
         """
         if self.gate is None:
             gate_logits = image_features.new_zeros(len(image_features), self.n_prompts)

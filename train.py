@@ -36,7 +36,7 @@ from lib.grouping import group_templates
 from lib.image_encoder import SIDES, attach, learnable_part
 from lib.images import image_features, training_features
 from lib.probe import fit_probe
-from lib.progress import Progress, nothing_left_if_diverged
+from lib.progress import NotFinite, Progress
 from lib.runs import claimed, save_torch
 from lib.templates import all_templates, check_auto, check_init, named_groups
 from losses import gate_loss, image_loss, text_loss
@@ -44,8 +44,7 @@ from prompts import SoftPrompts, hard_prototypes, template_features, untrained_c
 from router import Router, gate_target, mixed_logits
 
 # ---------------------------------------------------------------------------------- the flags
-# {section: {flag: (default, what it may be, help)}}. The defaults of the method are MoCoOp's, with
-# the published numbers.
+# {section: {flag: (default, what it may be, help)}}, with MoCoOp's published numbers.
 
 FLAGS = {
     "task": {
@@ -89,11 +88,7 @@ FLAGS = {
     "machine": {
         "data": ("data", str, "the root of all datasets"),
         "device": (None, str, "cpu, cuda, cuda:1, ... (default: cuda if there is one)"),
-        "chunk": (
-            None,
-            number(int, 1),
-            "prompts x classes encoded at a time (default: what memory allows)",
-        ),
+        "chunk": (None, number(int, 1), "sentences at a time (default: what memory allows)"),
         "out": (None, str, "the run's folder (default: out/<dataset>/<run>)"),
         "resume": (False, bool, "go on where this run was stopped"),
     },
@@ -140,7 +135,10 @@ UNREAD = {
     "gate_weight": (lambda c: c["router"] in ("frozen", "uniform"), "a router that is trained"),
     "text_scale": (lambda c: c["text_weight"] == 0, "a --text-weight"),
     "text_target": (lambda c: c["text_weight"] == 0, "a --text-weight"),
-    "views": (learns_images, "stored crops: --image-side crops in every epoch"),
+    "views": (
+        lambda c: learns_images(c) or row_of(c["dataset"]).layout == "world",
+        "stored crops: --image-side crops in every epoch, drawn images are not cropped",
+    ),
 }
 
 
@@ -237,9 +235,8 @@ class MoCoOp(nn.Module):
             if only == "selected":
                 only = weights.any(dim=0).nonzero().flatten().tolist()
             text_features = self.text_features(image_features, only)
-        logits = mixed_logits(
-            image_features, text_features[..., classes, :], weights, self.logit_scale
-        )
+        own = text_features[..., classes, :]
+        logits = mixed_logits(image_features, own, weights, self.logit_scale)
         return gate_logits, weights, text_features, logits
 
     def text_features(self, image_features=None, only=None, shift=None):
@@ -253,8 +250,7 @@ class MoCoOp(nn.Module):
 
     @torch.no_grad()
     def logits(self, class_names, image_features):
-        """Class logits (N, C) and prompt weights (N, G) of images (N, D), for any classes: yields
-        both for some images at a time."""
+        """Yields class logits (N, C) and prompt weights (N, G) of some images (N, D) at a time."""
         self.eval()
         self.set_classes(class_names)
         text_features = self.text_features()  # once for all images
@@ -281,8 +277,7 @@ class MoCoOp(nn.Module):
 class ConditionalMoCoOp(MoCoOp):
     """The mixture with CoCoOp's network on top: for each image it shifts all context vectors.
 
-    Text features are then (B, G, C, D), one set per image, which `mixed_logits` and `text_loss`
-    take as they are.
+    Text features are then (B, G, C, D), one set per image.
     """
 
     images_at_once = 64
@@ -450,10 +445,14 @@ def train_here(config, groups, folder, resume, device):
         views, live = split.views(config["views"]), learns_images(config)
         attach(clip_model, model.image_side)  # not before: baselines are CLIP's as it was
         features = training_features(clip_model, fingerprint, split, views, live)
-        with nothing_left_if_diverged(folder):
+        try:
             seconds, usage = fit(
                 model, config, groups, hard_features, seen, features, labels[0], save, state
             )
+        except NotFinite:  # what it has saved would diverge again
+            if processes.rank() == 0:
+                runs.discard(folder)
+            raise
         if live:  # the encoder is another one now
             test = encode(split.test, what="test images", cached=False)
             val = encode(split.val, what="val images", cached=False)
@@ -479,22 +478,27 @@ def train_here(config, groups, folder, resume, device):
     }
     learned = {"groups": groups, "clip_fingerprint": fingerprint, "model": model.state_dict()}
     checkpoint = {"config": config, "class_names": split.class_names, **learned}
-    processes.only_first(lambda: runs.publish(folder, checkpoint, result))
+    if processes.rank() == 0:
+        runs.publish(folder, checkpoint, result)
 
 
 def examine(model, config, changed_flags, split, classes, features):
     """A model on the test images of a split: (what `result.json` says of it, predicted labels (N,),
     prompt weights (N, G)). features: (N, D)."""
     predictions, weights = (x.cpu() for x in model.predict(split.class_names, features))
-    labels, names = split.labels(split.test), split.class_names
-    numbers = metrics.measure(predictions, weights, labels, split.kinds, names, model.templates)
+    labels = split.labels(split.test)
+    numbers = {
+        "accuracy": metrics.accuracy(predictions, labels),
+        "per_class_accuracy": metrics.per_class_accuracy(predictions, labels, split.class_names),
+        "prompt_usage": metrics.prompt_usage(weights, model.templates),
+        "router": metrics.usage_by_kind(weights, *split.kinds),
+    }
     described = runs.describe(config, changed_flags, model, split, classes)
     return described | numbers, predictions, weights
 
 
 def accuracy_on(model, split, items, features):
-    """Top-1 accuracy of a model on some of a split's items, in percent; None for no items.
-    features: (N, D)."""
+    """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
     if not items:
         return None
     predictions, _ = model.predict(split.class_names, features)

@@ -31,16 +31,17 @@ def hashed(text):
 
 
 def content_names(split, paths, each):
-    """{path: a string that names the image's content}. Drawn images are named by how they are
-    drawn, others by path, size and a digest of their bytes.
+    """{path: a string that names the image's content}; for drawn images, how they are drawn.
 
-    each: like `map`, calls a function for many paths. Raises BadInput for a file that cannot be
-    read.
+    each: like `map`, calls a function for many paths. Raises BadInput for an unreadable file.
     """
     if split.folder is None:
         return {path: split.identity(path) for path in paths}
     index_file = CACHE / split.name / "index.json"
-    index = _load_index(index_file)
+    try:
+        index = dict(json.loads(index_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged: all are read
+        index = {}
     known = len(index)
 
     def name(path):
@@ -61,15 +62,6 @@ def content_names(split, paths, each):
         with contextlib.suppress(OSError), replacing(index_file) as scratch:
             scratch.write_text(json.dumps(index), encoding="utf-8")
     return names
-
-
-def _load_index(file):
-    """What an earlier run has read; nothing if the file is missing or damaged."""
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return index if isinstance(index, dict) else {}
 
 
 def load_rows(folder, keys, width):

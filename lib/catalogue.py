@@ -1,7 +1,6 @@
 """What is known of each dataset: where it lies, its split, where it is from, its templates.
 
-One row per dataset, in the layout of CoOp's DATASETS.md, so that the field's own data folder works
-as it is. A row of one's own needs `folder`, `images` and `split`; everything else may be left out.
+One row per dataset. One of your own needs `folder`, `images` and `split`; all else may be left out.
 """
 
 from dataclasses import dataclass
@@ -9,9 +8,8 @@ from dataclasses import dataclass
 from lib import world
 
 # -------------------------------------------------------------------- hand-written templates
-# Groups of sentences with a place for the class name; templates of a group say the same thing about
-# an image. For the field's datasets they are the published ones (arXiv 2409.12011 and its code).
-# The first template of a group starts the group's soft prompt.
+# In groups, whose first template starts the soft prompt. Those of the field's datasets are the
+# published ones (arXiv 2409.12011 and its code).
 
 PHOTO = ["a photo of a {}."]
 MANY = ["a photo of many {}."]

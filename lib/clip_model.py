@@ -1,8 +1,5 @@
 """The frozen CLIP: found by name or file, checked, loaded.
 
-    load_clip("ViT-B/16", "cpu")     # OpenAI's, downloaded once and checked
-    load_clip("my/clip.pt", "cuda")  # a TorchScript archive or a state dict
-
 `clip.load` does most of this, but stumbles over plain state dicts on current PyTorch and rounds
 fp32 weights to fp16 on the way; here they stay what they were.
 """

@@ -8,11 +8,7 @@ import torch.distributed as dist
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, and the way out.
-
-    The commands print it and exit with status 2. So they do with what the machine refuses
-    (OSError); everything else that goes wrong is a bug and keeps its traceback.
-    """
+    """Something the user gave cannot be used. The message is one line: what, and the way out."""
 
 
 def nearest(word, words):

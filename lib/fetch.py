@@ -44,7 +44,9 @@ def fetch_images(url, md5, target):
             if target.exists():
                 return
             print(f"{target} is not there: downloading {url}")
-            archive, files = scratch / ("archive" + _suffix(url)), scratch / "files"
+            # By its address; that of Google Drive has none, and the archive there is a zip file.
+            suffix = next((end for end in (".tar.gz", ".tgz") if url.endswith(end)), ".zip")
+            archive, files = scratch / f"archive{suffix}", scratch / "files"
             download_url(url, scratch, archive.name, md5)
             if md5 is None:
                 _check_to_its_end(archive)
@@ -90,8 +92,7 @@ def fetch_file(drive_id, target, check):
 
 @contextlib.contextmanager
 def _scratch(folder):
-    """A temporary folder in `folder`, for this process alone. What killed processes left there is
-    removed."""
+    """A temporary folder in `folder`, for this process alone; what killed ones left is removed."""
     with made(folder), _lock(folder / f"{SCRATCH}lock"):
         for stale in folder.glob(f"{SCRATCH}*/") if fcntl else ():  # without locks, maybe in use
             shutil.rmtree(stale, ignore_errors=True)
@@ -101,8 +102,7 @@ def _scratch(folder):
 
 @contextlib.contextmanager
 def _lock(path):
-    """Waits until no other process is in this block. The lock ends with the process, however that
-    ends."""
+    """Waits until no other process is in this block. The lock ends with the process."""
     while fcntl:
         file = open(path, "w")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -135,11 +135,6 @@ def _check_to_its_end(archive):
 def _without_junk(paths):
     """The paths that are no leftovers of a Mac: __MACOSX/... and ._name."""
     return [p for p in paths if "__MACOSX" not in p.parts and not p.name.startswith("._")]
-
-
-def _suffix(url):
-    """The kind of an archive, by its address; Google Drive's one archive is a zip file."""
-    return next((end for end in (".tar.gz", ".tgz", ".zip") if url.endswith(end)), ".zip")
 
 
 def _first_line(error):

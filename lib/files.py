@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import uuid
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZipFile
 
 import torch
 
@@ -37,13 +37,8 @@ def made(folder, way_out=""):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path` to write to, renamed to it when the block ends well.
-
-        with replacing(path) as scratch:
-            scratch.write_text(...)
-
-    Readers find the old file or the new one. If the block raises, nothing is left behind.
-    """
+    """A temporary path beside `path` to write to, renamed to it when the block ends well. Readers
+    find the old file or the new one. If the block raises, nothing is left behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
@@ -58,14 +53,10 @@ def replacing(path):
 def read_torch_file(path, what):
     """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
     content = None
-    with open(path, "rb") as file:  # a file that cannot be opened raises its own OSError
-        if is_zipfile(file):  # the format of torch.save since 1.6
-            try:
-                with ZipFile(file) as archive:  # torch does not look at the checksums
-                    if archive.testzip() is None:
-                        content = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # on damaged bytes the unpickler may stumble in any way
-                raise BadInput(f"{path} is not a {what}, or damaged") from error
+    # A file that cannot be opened raises its own OSError; on damaged bytes anything may be raised.
+    with open(path, "rb") as file, contextlib.suppress(Exception), ZipFile(file) as archive:
+        if archive.testzip() is None:  # torch does not look at the checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise BadInput(f"{path} is not a {what}, or damaged")
     return content
@@ -87,6 +78,5 @@ def read_text(file):
 
 
 def read_lines(file):
-    """The lines of a text file, stripped, without empty ones. Raises BadInput if it cannot be
-    read."""
+    """The lines of a text file, stripped, without empty ones. Raises BadInput as `read_text`."""
     return [line.strip() for line in read_text(file).splitlines() if line.strip()]

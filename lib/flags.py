@@ -48,20 +48,16 @@ def make_parser(description, table, methods):
             own = {method: row[flag] for method, row in methods.items() if flag in row}
             group.add_argument(
                 _dashed(flag),
-                default=None if of_method(section) else default,
+                default=None if section.startswith("method: ") else default,
                 help=f"{text}{_defaults(default, own)}".replace("%", "%%"),
                 **options,
             )
     return parser
 
 
-def of_method(section):
-    return section.startswith("method: ")
-
-
 def method_defaults(table):
     """{flag: default} of all flags that belong to the method."""
-    sections = [flags for section, flags in table.items() if of_method(section)]
+    sections = [flags for section, flags in table.items() if section.startswith("method: ")]
     return {flag: row[0] for flags in sections for flag, row in flags.items()}
 
 
@@ -116,7 +112,6 @@ def label(method, changed_flags):
 
 
 def _slug(value):
-    """A flag's value as part of a folder name; of a file, which is named by its full path, its
-    name."""
+    """A flag's value as part of a folder name; of a file, which has its full path, its name."""
     path = Path(str(value))
     return re.sub(r"[^\w.]+", "-", path.stem if path.is_absolute() else str(value))

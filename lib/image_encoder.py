@@ -22,7 +22,7 @@ def encode_images(clip_model, pixels, dtype):
     dtype: of the products in the blocks.
     """
     visual = clip_model.visual
-    if not is_transformer(clip_model):
+    if not hasattr(visual, "transformer"):
         with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
             return visual(pixels).float()
     patches = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, L - 1, W)
@@ -38,10 +38,6 @@ def encode_images(clip_model, pixels, dtype):
     return visual.ln_post(last.first_places(x)) @ visual.proj
 
 
-def is_transformer(clip_model):
-    return hasattr(clip_model.visual, "transformer")
-
-
 def learnable_part(clip_model, side):
     """What `--image-side` learns in the image encoder, a module; None for `frozen`. The encoder
     does not use it before `attach`.
@@ -53,7 +49,7 @@ def learnable_part(clip_model, side):
     if side == "frozen":
         return None
     visual = clip_model.visual
-    if not is_transformer(clip_model):
+    if not hasattr(visual, "transformer"):
         raise BadInput(f"--image-side {side} needs a CLIP with a ViT: this one has none")
     if side == "prompts":
         width = visual.class_embedding.shape[0]

@@ -163,14 +163,7 @@ def image_features(
         for start in range(0, len(todo), SHARD):
             shard = todo[start : start + SHARD]
             own = [wanted[key] for key in shard[processes.rank() :: processes.world()]]
-            try:
-                encoded = _encode(clip_model, own, bar)
-            except BadInput as error:  # sent to all processes, so that all end with it
-                encoded = error
-            parts = processes.gather(encoded)
-            for part in parts:
-                if isinstance(part, BadInput):
-                    raise part
+            parts = processes.gather(functools.partial(_encode, clip_model, own, bar))
             shard_rows = [None] * len(shard)
             for r, part in enumerate(parts):
                 shard_rows[r :: len(parts)] = part
@@ -218,8 +211,7 @@ def _encode(clip_model, wanted, bar):
 
 
 def photo_features(clip_model, images, raw=False):
-    """Features (N, D) of PIL images that belong to no dataset, computed here and now. raw: not
-    normalised."""
+    """Features (N, D) of PIL images that belong to no dataset. raw: not normalised."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     batches = [[(upright_rgb(image), size)] for image in images]
     if not batches:
@@ -278,22 +270,14 @@ class LiveFeatures:
         size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
         view = epoch if self.cropped else None
         rank, world = processes.rank(), processes.world()
-
-        def load_or_error(path):  # an error goes to all processes, so that all end with it
-            try:
-                return load_image(self.split, path, view, size)
-            except BadInput as error:
-                return error
-
         # Each process loads its share of every batch; all encode the whole batch.
         paths = [item.path for item in self.split.train]
         own = [[(paths[i],) for i in batch[rank::world].tolist()] for batch in batches]
-        for batch, (_, loaded) in zip(batches, _one_ahead(load_or_error, own)):
+        load = functools.partial(load_image, self.split, view=view, size=size)
+        loading = _one_ahead(load, own)
+        for batch in batches:
             images = [None] * len(batch)
-            for r, part in enumerate(processes.gather(loaded)):
+            for r, part in enumerate(processes.gather(lambda: next(loading)[1])):
                 images[r::world] = part
-            for image in images:
-                if isinstance(image, BadInput):
-                    raise image
             pixels, dtype = as_clip_reads(images, device), processes.mixed_dtype(device)
             yield F.normalize(encode_images(self.clip_model, pixels, dtype), dim=-1)

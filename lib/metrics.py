@@ -10,21 +10,6 @@ def predictions(logits):
     return torch.cat(labels), torch.cat(weights)
 
 
-def measure(predictions, weights, labels, kinds, class_names, templates):
-    """What `result.json` says of a model on test images.
-
-    All on the CPU. predictions: (N,) labels, weights: (N, G) of the prompts that started from
-    `templates`, labels: (N,), kinds: (the kind of each image, the kinds' names), for the router's
-    table.
-    """
-    return {
-        "accuracy": accuracy(predictions, labels),
-        "per_class_accuracy": per_class_accuracy(predictions, labels, class_names),
-        "prompt_usage": prompt_usage(weights, templates),
-        "router": usage_by_kind(weights, *kinds),
-    }
-
-
 def accuracy(predictions, labels):
     """Top-1 accuracy in percent of predicted labels (N,)."""
     return _percent(predictions.cpu() == labels)

@@ -40,8 +40,7 @@ class Piece:
     sentence: torch.Tensor  # (N,): which sentence that is
 
     def moved(self, tokens, sentences):
-        """A copy whose tokens point that much further down the table, and whose sentences are
-        numbered that much higher."""
+        """A copy with that much added to its tokens and to its sentences' numbers."""
         return replace(self, token=self.token + tokens, sentence=self.sentence + sentences)
 
 

@@ -1,7 +1,4 @@
-"""Pictures of a run and of many: which prompt fires for what, curves, bars.
-
-All that is known of a run is its `result.json`.
-"""
+"""Pictures of runs, from their `result.json`: which prompt fires for what, curves, bars."""
 
 import json
 import warnings

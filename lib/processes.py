@@ -42,8 +42,7 @@ def choose_device(name):
 
 
 def n_threads():
-    """How many threads this process may use: its cores, shared with torchrun's other processes on
-    this machine."""
+    """How many threads this process may use: its share of this machine's cores."""
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -68,8 +67,7 @@ def world():
 
 
 def join(device):
-    """Joins the processes that torchrun has started, if it has. From here on only the first one
-    prints."""
+    """Joins the processes of torchrun, if there are any. From here on only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     # The time covers a download that the others wait for, not a process that dies.
@@ -118,13 +116,19 @@ def sum_gradients(x):
     return _SumGradients.apply(x) if world() > 1 else x
 
 
-def gather(thing):
-    """[every process's thing, in their order], in every process."""
-    things = [None] * world()
+def gather(action):
+    """[what `action()` gives in every process, in their order], in every process. If it raises
+    BadInput in one, all end with that."""
+    try:
+        thing = action()
+    except BadInput as error:
+        thing = error
+    things = [thing] * world()
     if world() > 1:
         dist.all_gather_object(things, thing)
-    else:
-        things[0] = thing
+    for thing in things:
+        if isinstance(thing, BadInput):
+            raise thing
     return things
 
 
@@ -149,9 +153,3 @@ def first(action):
     if failed is not None:
         raise failed
     return result if rank() == 0 else action()
-
-
-def only_first(action):
-    """`action()` in the first process alone."""
-    if rank() == 0:
-        action()

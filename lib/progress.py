@@ -1,6 +1,5 @@
 """What surrounds a training loop: the bar, a line per epoch, and stopping and going on."""
 
-import contextlib
 import sys
 import time
 
@@ -9,33 +8,15 @@ from tqdm import tqdm
 
 from lib import processes
 from lib.errors import BadInput
-from lib.runs import discard
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(BadInput):
     """Training has diverged."""
-
-
-@contextlib.contextmanager
-def nothing_left_if_diverged(folder):
-    """Turns a training that diverges into bad input, and removes what it left in its folder."""
-    try:
-        yield
-    except NotFinite as error:
-        processes.only_first(lambda: discard(folder))
-        raise BadInput(f"{error}: try a smaller --lr") from error
 
 
 class Progress:
     """Counts the epochs of a training, prints and remembers what happened in each, and saves all
-    that is needed to go on from there.
-
-        progress = Progress(parts, epochs, steps_per_epoch, save, state)
-        for epoch in progress.epochs():
-            for ...:
-                progress.step(losses, weights)
-            progress.end_epoch(lr)
-    """
+    that is needed to go on from there. How it is used: `train.fit`."""
 
     def __init__(self, parts, epochs, steps, save, state=None):
         """parts: {name: anything with state_dict and load_state_dict, or a torch.Generator}.
@@ -85,7 +66,7 @@ class Progress:
         """Prints the epoch's line and saves the state. Raises NotFinite if a parameter is not."""
         self.done += 1
         if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
-            raise NotFinite(f"training has diverged in epoch {self.done}")
+            raise NotFinite(f"training has diverged in epoch {self.done}: try a smaller --lr")
         losses = {name: (w, value.item()) for name, (w, value) in self.losses.items()}
         total = sum(w * value for w, value in losses.values())
         terms = " + ".join(f"{name} {w:g} x {value:.3f}" for name, (w, value) in losses.items())
@@ -96,7 +77,8 @@ class Progress:
             f"  prompts {' '.join(f'{100 * s:2.0f}' for s in share)} %",
             file=sys.stdout,
         )
-        processes.only_first(lambda: self.save(self.state()))
+        if processes.rank() == 0:
+            self.save(self.state())
 
     def state(self):
         """All that is needed to go on from here."""

@@ -138,18 +138,14 @@ def open_photo(file, as_coop=False):
 
 
 def upright_rgb(image):
-    """A PIL image turned as its EXIF data says, in RGB; more than 8 bits per pixel are scaled down
-    instead of cut off."""
-    return _to_8_bits(ImageOps.exif_transpose(image)).convert("RGB")
-
-
-def _to_8_bits(image):
-    """16-bit grey as its upper half, other numbers by their own range; what has 8 bits as it is."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    pixels = np.asarray(image, dtype=np.float64)
-    low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
-    return Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
+    instead of cut off: 16-bit grey to its upper half, other numbers by their own range."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
+        image = Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def thumbnail(file, size=400):

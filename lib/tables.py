@@ -1,7 +1,4 @@
-"""Tables over many runs: mean and population standard deviation over seeds.
-
-All that is known of a run is its `result.json`.
-"""
+"""Tables over runs, from their `result.json`: mean and population deviation over seeds."""
 
 import json
 from collections import defaultdict

@@ -145,4 +145,4 @@ def chunk_for(clip_model, prompts):
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # The processes of one run must agree.
-    return min(processes.gather(max(1, int(free / 2 / (bytes_per_place * places)))))
+    return min(processes.gather(lambda: max(1, int(free / 2 / (bytes_per_place * places)))))

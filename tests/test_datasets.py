@@ -338,6 +338,11 @@ def test_empty_classes_and_missing_parts_are_named(tmp_path):
     (tmp_path / "bare/dog").mkdir()
     with pytest.raises(BadInput, match="no images in"):
         load_split(str(tmp_path / "bare"), "")
+    for part in ("train", "test"):
+        make_folder(tmp_path / "whole", ["cat", "dog"], 2, part)
+    make_folder(tmp_path / "whole", ["cat", "fox"], 2, "val")
+    with pytest.raises(BadInput, match="the class 'fox' has no image in train"):
+        load_split(str(tmp_path / "whole"), "")
     make_folder(tmp_path / "half", ["cat", "dog"], 2, "train")
     with pytest.raises(BadInput, match="needs both train/ and test/"):
         load_split(str(tmp_path / "half"), "")

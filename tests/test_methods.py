@@ -227,6 +227,7 @@ def test_a_learning_image_encoder_leaves_baselines_and_cache_alone(
         ),
         ("--method coop --text-scale 9", "--text-scale means nothing without a --text-weight"),
         ("--image-side layer-norms --views 3", "--views means nothing without stored crops"),
+        ("--views 3", "--views means nothing without stored crops"),  # of drawn images
         ("--one-group --top-k 2", "--top-k 2 is above the number of prompts, 1"),
         ("--groups auto --n-groups 3 --top-k 4", "--top-k 4 is above the number of prompts, 3"),
         ("--groups auto --n-groups 30", "--n-groups 30 is above the number of templates, 20"),
