@@ -89,6 +89,18 @@ CASES = {
 STOPPED = {"other numbers": 4, "published": 2, "LayerNorms": 6, "CoOp": 5}  # after so many epochs
 
 
+@pytest.fixture(scope="module")
+def eurosat(eurosat, tmp_path_factory):
+    """All its images are test images, too: the more there are, the more a percentage tells."""
+    root = tmp_path_factory.mktemp("more") / "eurosat"
+    root.mkdir()
+    (root / "2750").symlink_to(eurosat / "eurosat/2750")
+    split = json.loads((eurosat / "eurosat/split_zhou_EuroSAT.json").read_text())
+    split["test"] += split["val"] + split["train"]
+    (root / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    return root.parent
+
+
 @pytest.fixture
 def start(monkeypatch, tmp_path):
     """Starts a script of the project with a command line, from an empty folder."""
@@ -149,7 +161,7 @@ class Pets:
 
     def __init__(self, folder):
         self.images, self.names = folder / "test", [f"{c} parrot" for c in COLOURS.split()]
-        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(2)]
+        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(8)]
         for part in ("train", "test"):
             for path, _ in self.test:
                 draw_image(folder / part / path, f"{part} {path}")
@@ -353,7 +365,7 @@ def test_a_linear_probe_is_the_one_computed_apart(
         assert result[key] == pytest.approx(right(features @ weight.T + bias, items), abs=0.006)
     _, probabilities, weights = run.classify([Image.open(task.images / p) for p, _ in task.test])
     assert torch.allclose(probabilities.double(), (test @ weight.T + bias).softmax(-1), atol=1e-4)
-    assert weights.shape == (15, 0)
+    assert weights.shape == (80, 0)
     start(eval, "run")
     again = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
     assert again["accuracy"] == result["accuracy"]

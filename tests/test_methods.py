@@ -201,13 +201,17 @@ def test_a_learning_image_encoder_leaves_baselines_and_cache_alone(
         assert again[key] == first[key]
     parameters = learned(tmp_path / "learning")
     assert sum(v.numel() for k, v in parameters.items() if k.startswith("image_side")) == size
-    after = run_train(f"{flags} --out", tmp_path / "after")
-    monkeypatch.setattr(feature_cache, "CACHE", tmp_path / "another")
-    plain = run_train(f"{flags} --out", tmp_path / "plain")
+    elsewhere = eval.evaluate(tmp_path / "learning", classes="new")  # images not met before
+    runs = []
+    for cache, name in (("empty", "after"), ("another", "plain")):
+        monkeypatch.setattr(feature_cache, "CACHE", tmp_path / cache)
+        result = run_train(f"{flags} --out", tmp_path / name)
+        runs.append((result, eval.evaluate(tmp_path / name, classes="new")))
+    (after, after_new), (plain, plain_new) = runs
     for key in ("zero_shot_accuracy", "ensemble_accuracy"):
-        assert first[key] == plain[key]
+        assert first[key] == plain[key] and elsewhere[key] == plain_new[key]
     for key in ("accuracy", "val_accuracy", "per_class_accuracy", "zero_shot_accuracy", "router"):
-        assert after[key] == plain[key]
+        assert after[key] == plain[key] and after_new[key] == plain_new[key]
 
 
 @pytest.mark.parametrize(
