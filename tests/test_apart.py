@@ -20,6 +20,7 @@ from PIL import Image
 import eval
 import train
 from data import load_split
+from lib.catalogue import template_groups
 from lib.errors import BadInput
 from lib.images import as_clip_reads, load_image
 
@@ -200,9 +201,10 @@ def ours_by_name(model, clip_model, side):
     return named
 
 
-def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zero_shot):
+def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zero_shot, kinds=None):
     """Every number of a result.json or eval_*.json about some test images. f, plain_f: their
-    features (N, D), by the run's image encoder and by CLIP's. groups, zero_shot: templates."""
+    features (N, D), by the run's image encoder and by CLIP's. groups, zero_shot: templates. kinds:
+    of each image, for the router's table; None for its class."""
     with torch.no_grad():
         _, weights, _, logits = model(f, names)
     answers = torch.stack(logits).argmax(dim=-1)
@@ -219,8 +221,10 @@ def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zer
     assert found["ensemble_accuracy"] == pytest.approx(right(plain_f @ every.T, items), abs=0.006)
     usage = list(found["prompt_usage"].values())
     assert usage == pytest.approx(weights.mean(0).tolist(), abs=1.5e-4)
+    kinds = kinds or [names[y] for _, y in items]
+    assert set(found["router"]["rows"]) == set(kinds)
     for name, row in zip(found["router"]["rows"], found["router"]["share"], strict=True):
-        own = torch.tensor([names[y] == name for _, y in items])
+        own = torch.tensor([kind == name for kind in kinds])
         assert row == pytest.approx(weights[own].mean(0).tolist(), abs=1.5e-4)
     assert found["n_test"] == len(items) and found["n_classes"] == len(names)
     assert found["n_prompts"] == len(model.contexts)
@@ -414,26 +418,37 @@ def test_clip_as_it_is_is_the_one_computed_apart(
 
 
 def test_the_built_in_worlds_numbers_are_those_computed_apart(start, tmp_path):
-    """The bundled CLIP, drawn images, and a router's table by style."""
-    start(train, "--shots 1 --epochs 2 --seed 2 --classes new --out run")
-    run, split = eval.load_run("run"), load_split("shapes", "nowhere")
-    names = split.class_names[10:]
-    assert run.class_names == names
-    items = [(item.path, item.label - 10) for item in split.test if item.label >= 10]
-    transform = clip.clip._transform(run.clip_model.visual.input_resolution)
-    pixels = torch.stack([transform(split.open(path)) for path, _ in items])
+    """The bundled CLIP, which knows its classes; drawn images; a router's table by style; templates
+    of one's own, which count on the run's own dataset alone."""
+    of_world = template_groups("shapes")
+    groups = [of_world[7], of_world[5]]
+    (tmp_path / "groups.txt").write_text("\n\n".join(map("\n".join, groups)))
+    start(train, "--shots 1 --epochs 2 --seed 2 --classes new --groups groups.txt --out run")
+    start(eval, "run --classes base")
+    start(eval, "run --dataset shapes_r --classes new")
+    run = eval.load_run("run")
     clip_model = run.clip_model
-    f = torch.cat([plain.unit(clip_model.encode_image(some)) for some in pixels.split(100)])
-    model = plain.Plain(clip_model, plain.MOCOOP | {"groups": run.groups}, 2)
+    model = plain.Plain(clip_model, plain.MOCOOP | {"groups": groups}, 2)
     with torch.no_grad():
         for name, value in ours_by_name(model, clip_model, None).items():
             value.copy_(run.model.state_dict()[name])
-        _, weights, _, logits = model(f, names)
-    logits = torch.stack(logits)
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["accuracy"] == pytest.approx(right(logits, items), abs=0.006)
-    styles = [path.split("/")[2] for path, _ in items]
-    for name, row in zip(result["router"]["rows"], result["router"]["share"], strict=True):
-        own = torch.tensor([style == name for style in styles])
-        assert own.sum() == 150
-        assert row == pytest.approx(weights[own].mean(0).tolist(), abs=1.5e-4)
+    transform = clip.clip._transform(clip_model.visual.input_resolution)
+    for file, dataset, first, templates in (
+        ("result.json", "shapes", 10, groups),
+        ("eval_shapes_base.json", "shapes", 0, groups),
+        ("eval_shapes_r_new.json", "shapes_r", 10, of_world),
+    ):
+        split = load_split(dataset, "nowhere")
+        names = split.class_names[first : first + 10]
+        items = [(item.path, item.label - first) for item in split.test[first * 120 :][:1200]]
+        pixels = torch.stack([transform(split.open(path)) for path, _ in items])
+        with torch.no_grad():
+            f = torch.cat([plain.unit(clip_model.encode_image(some)) for some in pixels.split(100)])
+        found = json.loads((tmp_path / "run" / file).read_text())
+        about = names, items, f, f, templates, "a photo of a {}."
+        styles = [path.split("/")[2] for path, _ in items]
+        check_numbers(found, model, clip_model, *about, kinds=styles)
+        other = of_world if templates is groups else groups
+        texts = [plain.hard_features(clip_model, t, names) for group in other for t in group]
+        texts = plain.unit(torch.stack(texts).mean(0))
+        assert abs(found["ensemble_accuracy"] - right(f @ texts.T, items)) > 0.1  # it would show
