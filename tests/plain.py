@@ -119,7 +119,7 @@ class Plain(nn.Module):
             # A full stop is read with what stands before it, the name or the words behind it.
             tokens = tokenize(model, [name + stop * (not len(after)) for name in names])
             end = tokens.argmax(-1)
-            rows = model.token_embedding(tokens).detach().nan_to_num()  # unknown words: padding
+            rows = model.token_embedding(tokens).detach()
             sentences = []
             for row, n in zip(rows, end):  # SOS context name after EOT
                 parts = [row[:1], context + shift, row[1:n], after + shift]
