@@ -155,7 +155,7 @@ def announce(config, split, model, has_templates):
     if model:
         print("prompts: " + " | ".join(model.templates))
     if config["groups"] == "dataset" and not has_templates:
-        print(f"{split.name} has no templates of its own: SUN397's four groups serve")
+        print(f"{split.name} has no templates: SUN397's four groups serve (see --groups)")
 
 
 def describe(config, changed_flags, model, split, classes):
