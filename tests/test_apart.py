@@ -54,9 +54,10 @@ CASES = {
     ),
     "uniform router": (
         "--router uniform --classes base --shots 2 --seed 6 --views 2 --epochs 2"
-        " --init 'a picture of {}'",
+        " --init 'a picture of {}' --max-grad-norm 0.2",
         plain.MOCOOP
-        | {"router": "uniform", "views": 2, "epochs": 2, "gate": 0.0, "init": "a picture of {}"},
+        | {"router": "uniform", "views": 2, "epochs": 2, "gate": 0.0, "init": "a picture of {}"}
+        | {"clip": 0.2},
     ),
     "random start": (
         "--init random --one-group --shots 2 --seed 7 --views 2 --epochs 2",
