@@ -17,6 +17,7 @@ import train
 from data import few_shot, load_split
 from lib import images
 from lib.errors import BadInput
+from lib.flags import method_defaults
 
 ROOT = Path(__file__).parents[1]
 RUN_FILES = ["checkpoint.pt", "result.json", "router.png"]
@@ -154,6 +155,26 @@ def test_a_run_is_named_after_what_it_is():
     )
     assert folder_of("--top-k", "2") == folder_of()  # the preset's own value
     assert folder_of("--out", "here") == "here"
+    stopped = folder_of("--method", "coop", "--no-full-stop")
+    assert stopped == "out/shapes/coop-full_stopFalse_16shot_all_seed1"
+
+
+def test_every_flag_of_a_method_shows_in_the_runs_name():
+    """So that no run is taken for another, nor shares its row in a table."""
+    task = ["--dataset", "eurosat"]
+    names = {folder_of(*task): "nothing changed"}
+    flags = {k: v for part in train.FLAGS.values() for k, v in part.items()}
+    for flag, own in method_defaults(train.FLAGS).items():
+        kind, dashed = flags[flag][1], flag.replace("_", "-")
+        if kind is bool:
+            given = [f"--no-{dashed}" if own else f"--{dashed}"]
+        else:
+            other = next(x for x in kind if x != own) if isinstance(kind, tuple) else None
+            given = [f"--{dashed}", str(other or ("random" if flag == "init" else own + 1))]
+        given += {"n_groups": ["--groups", "auto"]}.get(flag, [])
+        name = folder_of(*task, *given)
+        assert name not in names, (given, names[name])
+        names[name] = given
 
 
 def interrupt(monkeypatch, epoch):
