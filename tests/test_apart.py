@@ -318,6 +318,15 @@ def test_a_run_is_the_one_computed_apart(
         val = torch.stack(model(features(task, task.val)[0], task.names)[3])
     assert result["val_accuracy"] == pytest.approx(right(val, task.val), abs=0.006)
     assert result["n_train"] == len(task.train)
+    untrained_said = "zero-shot {zero_shot_accuracy:.2f} %, ensemble {ensemble_accuracy:.2f} %"
+    method = given.get("method", "mocoop")
+    assert f"before training: {untrained_said.format(**result)}\n" in printed
+    assert (
+        f"after training:  {method} {result['accuracy']:.2f} % on {len(task.test)} test" in printed
+    )
+    usage = re.findall(r"  prompts ([\d ]+) %\n", printed)
+    for words, (_, share) in zip(usage, told, strict=True):
+        assert [int(w) for w in words.split()] == pytest.approx((100 * share).tolist(), abs=0.51)
     for ours, (_, share) in zip(result["prompt_usage_by_epoch"], told, strict=True):
         assert ours == pytest.approx(share.tolist(), abs=1.5e-4)
 
@@ -329,6 +338,8 @@ def test_a_run_is_the_one_computed_apart(
     check_numbers(found, model, untrained, *about)
     assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
     assert (found["dataset"], found["classes"]) == ("eurosat", "new")
+    said = f"{method} {found['accuracy']:.2f} %, {untrained_said.format(**found)}\n"
+    assert f"eurosat, new classes, 80 images: {said}" in capsys.readouterr().out
     pets = Pets(tmp_path / "pets")
     start(eval, f"run --dataset {tmp_path / 'pets'} --classes all")
     found = json.loads((tmp_path / "run/eval_pets_all.json").read_text())

@@ -17,7 +17,7 @@ import eval
 import train
 from eval import load_run
 from lib import cache as feature_cache
-from lib import world
+from lib import pictures, world
 from lib.errors import BadInput
 
 
@@ -126,6 +126,10 @@ def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
 ):
     before = sorted(world_run.iterdir())
     output = "--csv", tmp_path / "found.csv", "--sheet", tmp_path / "found.png"
+    sheets, save_figure = [], pictures.save_figure
+    monkeypatch.setattr(
+        pictures, "save_figure", lambda f, *a, **k: sheets.append(f) or save_figure(f, *a, **k)
+    )
     status, lines, _ = command(monkeypatch, capsys, world_run, "--images", photos, *output)
     assert status == 0 and sorted(world_run.iterdir()) == before
     with open(tmp_path / "found.csv", newline="") as file:
@@ -135,7 +139,13 @@ def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
         assert f"{row['class 1']} {100 * float(row['probability 1']):.1f}%" in line
         weights = [float(row[template]) for template in load_run(world_run).model.templates]
         assert abs(sum(weights) - 1) < 1e-5
-    assert Image.open(tmp_path / "found.png").width > 100
+    assert np.asarray(Image.open(tmp_path / "found.png")).std() > 1
+    for row, line, axes in zip(rows, lines, sheets[0].axes, strict=False):
+        shown = np.asarray(Image.open(row["image"]).convert("RGB"))
+        assert np.array_equal(axes.images[0].get_array(), shown)
+        answer, *prompts = axes.get_title(loc="left").split("\n")
+        assert answer == f"{row['class 1']} {100 * float(row['probability 1']):.0f}%"
+        assert f"[{' | '.join(prompts)}]" in line
     for flag in ("--csv", "--sheet"):
         status, _, errors = command(
             monkeypatch, capsys, world_run, "--images", photos, flag, world_run / "file"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import load_split
 from lib import world
@@ -124,7 +125,21 @@ def test_the_bundled_clip_is_small_and_knows_only_the_worlds_words():
 
 def test_the_sheet_shows_every_style_and_shifted_set(tmp_path):
     make_world.draw_sheet(tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    shape, *_ = world.SHAPES
+    rows = [sheet[y : y + 64, 130:194] for y in range(0, len(sheet), 68)]  # its column
+
+    def is_shown(dataset, style):
+        drawn = [world.draw(c, shape, style, 0, dataset) for c in world.COLOURS]
+        drawn = [np.asarray(image.resize((64, 64), Image.NEAREST)) for image in drawn]
+        return any(np.array_equal(row, image) for row in rows for image in drawn)
+
+    for style in world.STYLES:
+        assert is_shown(None, style)
+    for dataset in ("shapes", "shapes_cold", "shapes_v2", "shapes_a"):
+        assert is_shown(dataset, "photo")
+    for dataset in ("shapes_sketch", "shapes_r"):
+        assert all(is_shown(dataset, style) for style in world.DATASETS[dataset])
 
 
 def test_training_its_clip_lowers_the_loss_and_saves_what_can_be_loaded(
