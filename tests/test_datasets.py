@@ -473,12 +473,27 @@ def test_what_lies_beside_the_images_comes_along(tmp_path, monkeypatch):
     assert found[0] == "images" and found[-1] == "variants.txt" and len(found) == 5
 
 
-def test_a_truncated_archive_is_never_half_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["cut", "middle"])
+def test_a_damaged_archive_is_never_half_used(tmp_path, monkeypatch, damage):
+    """Without a checksum: damage to the middle of a tar file looks like its end."""
     make_layout(tmp_path / "whole", "dtd")
     shutil.copytree(tmp_path / "whole/dtd", tmp_path / "tar/dtd")
     archive = pack(tmp_path / "dtd-r1.0.1.tar.gz", tmp_path / "tar")
-    archive.write_bytes(archive.read_bytes()[:-2000])
-    serve(monkeypatch, "dtd", archive)  # without its checksum, as if there were none
+    content = bytearray(archive.read_bytes())
+    if damage == "cut":
+        del content[-2000:]
+    else:
+        with tarfile.open(archive) as file:
+            header = file.getmembers()[-1].offset  # as if the archive ended here
+        plain = bytearray(gzip.decompress(content))
+        plain[header : header + 512] = bytes(512)
+        checksums = content[-8:]  # of what it was
+        content = bytearray(gzip.compress(plain))
+        content[-8:] = checksums
+    archive.write_bytes(content)
+    url, _ = DATASETS["dtd"].archive
+    monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], archive=(url, None)))
+    serve(monkeypatch, "dtd", archive)
     with pytest.raises(BadInput, match="no images at .*dtd.images, and downloading .* failed"):
         load_split("dtd", tmp_path / "new")
     assert not (tmp_path / "new").exists()
