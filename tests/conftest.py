@@ -1,10 +1,12 @@
 """Things that several tests need: tiny CLIPs, a EuroSAT folder with drawn images, one command."""
 
+import contextlib
 import gzip
 import json
 import random
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -89,7 +91,24 @@ def own_eurosat(eurosat, tmp_path):
 @pytest.fixture
 def small(eurosat, random_clip_file):
     """Flags of the smallest task there is: EuroSAT's shortened split and the random CLIP."""
-    return f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --views 1"
+    return f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
+
+
+@contextlib.contextmanager
+def stopped_after(epoch):
+    """A training inside is stopped right after it has saved the state of an epoch."""
+    save = train.save_torch
+
+    def save_and_stop(content, path):
+        save(content, path)
+        if content["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(train, "save_torch", save_and_stop),
+        pytest.raises((KeyboardInterrupt, SystemExit)),  # the second from a command line
+    ):
+        yield
 
 
 def parse(args):

@@ -15,7 +15,7 @@ import clip
 import plain
 import pytest
 import torch
-from conftest import draw_image
+from conftest import draw_image, stopped_after
 from PIL import Image
 
 import eval
@@ -252,21 +252,13 @@ def check_probabilities(folder, model, about):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_the_one_computed_apart(
-    name, start, eurosat, random_clip, random_clip_file, tmp_path, monkeypatch, capsys
+    name, start, eurosat, random_clip, random_clip_file, tmp_path, capsys
 ):
     flags, s = CASES[name]
     (tmp_path / "groups.txt").write_text("\n\n".join("\n".join(g) for g in OTHER_GROUPS))
     command = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --out run {flags}"
     if name in STOPPED:
-        save = train.save_torch
-
-        def save_and_stop(content, path):
-            save(content, path)
-            if content["epoch"] == STOPPED[name]:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-            patch.setattr(train, "save_torch", save_and_stop)
+        with stopped_after(STOPPED[name]):
             start(train, command)
         command += " --resume"
     start(train, command)

@@ -194,8 +194,7 @@ def test_a_learning_image_encoder_leaves_baselines_and_cache_alone(
     """Whoever is the first to use a cache, it holds CLIP's own features."""
     flags = f"{small} --shots 2 --epochs 3 --classes base"
     monkeypatch.setattr(feature_cache, "CACHE", tmp_path / "empty")
-    learning = flags.replace("--views 1", f"--image-side {side}")
-    first = run_train(f"{learning} --lr 1 --out", tmp_path / "learning")
+    first = run_train(f"{flags} --image-side {side} --lr 1 --out", tmp_path / "learning")
     again = eval.evaluate(tmp_path / "learning")
     for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "prompt_usage"):
         assert again[key] == first[key]

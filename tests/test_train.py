@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import parse
+from conftest import parse, stopped_after
 
 import train
 from data import few_shot, load_split
@@ -177,27 +177,12 @@ def test_every_flag_of_a_method_shows_in_the_runs_name():
         names[name] = given
 
 
-def interrupt(monkeypatch, epoch):
-    """Makes training die right after it has saved the state of an epoch."""
-    save = train.save_torch
-
-    def save_and_die(content, path):
-        save(content, path)
-        if content["epoch"] == epoch:
-            raise InterruptedError
-
-    monkeypatch.setattr(train, "save_torch", save_and_die)
-
-
-def test_an_interrupted_run_resumes_to_the_same_numbers(run_train, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_to_the_same_numbers(run_train, tmp_path, capsys):
     whole = run_train("--shots 2 --epochs 5 --text-bias --out", tmp_path / "whole")
-    save = train.save_torch
-    interrupt(monkeypatch, 2)
     flags = "--shots 2 --epochs 5 --text-bias --out"
-    with pytest.raises(InterruptedError):
+    with stopped_after(2):
         run_train(flags, tmp_path / "parts")
     assert [f.name for f in (tmp_path / "parts").iterdir()] == ["resume.pt"]
-    monkeypatch.setattr(train, "save_torch", save)
     resumed = run_train(flags, tmp_path / "parts", "--resume")
     assert "resuming after epoch 2" in capsys.readouterr().out
     assert same_parameters(tmp_path / "whole", tmp_path / "parts")
@@ -216,9 +201,8 @@ def test_resume_starts_fresh_without_a_run_and_leaves_a_finished_one(run_train, 
     assert (tmp_path / "run/result.json").stat().st_mtime_ns == before
 
 
-def test_without_resume_a_stopped_run_starts_over(run_train, small, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        interrupt(patch, 2)
+def test_without_resume_a_stopped_run_starts_over(run_train, small, capsys):
+    with stopped_after(2):
         run_train(f"{small} --shots 1 --epochs 3")
     capsys.readouterr()
     run_train(f"{small} --shots 1 --epochs 3")
@@ -226,12 +210,9 @@ def test_without_resume_a_stopped_run_starts_over(run_train, small, monkeypatch,
     assert "stopped halfway: starting over without --resume" in said and "epoch   1/3" in said
 
 
-def test_a_second_training_over_a_finished_run_can_be_resumed(
-    run_train, small, monkeypatch, capsys
-):
+def test_a_second_training_over_a_finished_run_can_be_resumed(run_train, small, capsys):
     run_train(f"{small} --shots 1 --epochs 3")
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        interrupt(patch, 2)
+    with stopped_after(2):
         run_train(f"{small} --shots 1 --epochs 3")
     capsys.readouterr()
     run_train(f"{small} --shots 1 --epochs 3 --resume")
@@ -266,9 +247,8 @@ def test_a_folder_with_another_configuration_is_refused(run_train, resume):
         run_train(f"--shots 1 --epochs 1 --seed 2 {resume}")
 
 
-def test_an_interrupted_run_of_another_configuration_is_not_resumed(run_train, monkeypatch):
-    interrupt(monkeypatch, 1)
-    with pytest.raises(InterruptedError):
+def test_an_interrupted_run_of_another_configuration_is_not_resumed(run_train):
+    with stopped_after(1):
         run_train("--shots 1 --epochs 3")
     with pytest.raises(BadInput, match="holds a run with epochs 3 instead of 4"):
         run_train("--shots 1 --epochs 4 --resume")
@@ -293,14 +273,13 @@ def test_files_that_only_look_like_a_runs_are_left_alone(run_train, tmp_path):
 
 @pytest.mark.parametrize("change", ["templates", "weights", "images"])
 def test_a_stopped_run_is_not_resumed_with_other_parts(
-    run_train, own_eurosat, tmp_path, monkeypatch, random_clip, change
+    run_train, own_eurosat, tmp_path, random_clip, change
 ):
     (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
     torch.save(random_clip.state_dict(), tmp_path / "clip.pt")
     flags = f"--dataset eurosat --data {own_eurosat} --views 1 --shots 1 --epochs 3"
     flags = flags, "--groups", tmp_path / "groups.txt", "--clip", tmp_path / "clip.pt"
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        interrupt(patch, 1)
+    with stopped_after(1):
         run_train(*flags)
     if change == "templates":
         (tmp_path / "groups.txt").write_text("a photo of a {}.\n\na drawing of a {}.\n")
