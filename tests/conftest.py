@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch
 from clip.model import CLIP
 from PIL import Image
 
+import eval
 import train
 from lib import cache as feature_cache
 from lib import flags
@@ -127,5 +129,24 @@ def run_train(tmp_path):
         config, groups, folder, resume = train.resolve(parse(args))
         train.train(config, groups, folder, resume)
         return json.loads((folder / "result.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def run_eval(monkeypatch, capsys):
+    """eval.py in this process: `run_eval(run, "--words")` -> exit status, lines of output, lines of
+    errors."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        capsys.readouterr()
+        status = 0
+        try:
+            eval.main()
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err.splitlines()
 
     return run

@@ -48,24 +48,10 @@ def photos(tmp_path):
     return tmp_path / "album"
 
 
-def command(monkeypatch, capsys, *args):
-    """eval.py in this process: (exit status, lines of output, lines of errors)."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    status = 0
-    try:
-        eval.main()
-    except SystemExit as exit:
-        status = exit.code
-    said = capsys.readouterr()
-    return status, said.out.splitlines(), said.err.splitlines()
-
-
-def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, monkeypatch, capsys):
+def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, run_eval):
     deep = photos / f"deep/2 {world.SHAPES_CLASSES[2]}.png"
     pattern = photos / "1*.png"
-    status, lines, errors = command(
-        monkeypatch, capsys, world_run, "--images", deep, pattern, photos
-    )
+    status, lines, errors = run_eval(world_run, "--images", deep, pattern, photos)
     assert (status, errors, len(lines)) == (0, [], 3)  # each photo once
     run, right = load_run(world_run), 0
     for line in lines:
@@ -79,34 +65,26 @@ def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, monk
     assert right >= 2  # of three; chance is 1 in 20
 
 
-def test_bad_files_are_named_and_the_rest_goes_on(world_run, photos, monkeypatch, capsys):
+def test_bad_files_are_named_and_the_rest_goes_on(world_run, photos, run_eval):
     (photos / "broken.jpg").write_bytes(b"half a photo")
-    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos)
+    status, lines, errors = run_eval(world_run, "--images", photos)
     assert (status, len(lines)) == (1, 3)
     assert len(errors) == 1 and "broken.jpg" in errors[0]
-    status, lines, errors = command(
-        monkeypatch, capsys, world_run, "--images", photos / "broken.jpg"
-    )
+    status, lines, errors = run_eval(world_run, "--images", photos / "broken.jpg")
     assert (status, lines) == (2, []) and "none of 1 images could be read" in errors[-1]
-    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", "nowhere*.png")
+    status, lines, errors = run_eval(world_run, "--images", "nowhere*.png")
     assert (status, lines, errors) == (2, [], ["nowhere*.png names no image"])
 
 
-def test_class_names_of_ones_own(world_run, photos, tmp_path, monkeypatch, capsys):
+def test_class_names_of_ones_own(world_run, photos, tmp_path, run_eval):
     (tmp_path / "names.txt").write_text("red circle\n\nblue star\n")
     for names in ("red circle, blue star", tmp_path / "names.txt"):
-        status, lines, _ = command(
-            monkeypatch, capsys, world_run, "--names", names, "--images", photos
-        )
+        status, lines, _ = run_eval(world_run, "--names", names, "--images", photos)
         assert (status, len(lines)) == (0, 3)
         assert all("red circle" in line and "blue star" in line for line in lines)
-    status, _, errors = command(
-        monkeypatch, capsys, world_run, "--names", "red circle,red zebra", "--images", photos
-    )
+    status, _, errors = run_eval(world_run, "--names", "red circle,red zebra", "--images", photos)
     assert status == 2 and "never seen the word 'zebra'" in errors[0]
-    status, _, errors = command(
-        monkeypatch, capsys, world_run, "--names", "one", "--images", photos
-    )
+    status, _, errors = run_eval(world_run, "--names", "one", "--images", photos)
     assert status == 2 and "two class names at least" in errors[0]
 
 
@@ -122,7 +100,7 @@ def test_clip_as_it_is_answers_with_its_own_scale(run_train, photos, tmp_path, m
 
 
 def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
-    world_run, photos, tmp_path, monkeypatch, capsys
+    world_run, photos, tmp_path, monkeypatch, run_eval
 ):
     before = sorted(world_run.iterdir())
     output = "--csv", tmp_path / "found.csv", "--sheet", tmp_path / "found.png"
@@ -130,7 +108,7 @@ def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
     monkeypatch.setattr(
         pictures, "save_figure", lambda f, *a, **k: sheets.append(f) or save_figure(f, *a, **k)
     )
-    status, lines, _ = command(monkeypatch, capsys, world_run, "--images", photos, *output)
+    status, lines, _ = run_eval(world_run, "--images", photos, *output)
     assert status == 0 and sorted(world_run.iterdir()) == before
     with open(tmp_path / "found.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -147,9 +125,7 @@ def test_table_and_sheet_are_written_on_request_and_never_into_the_run(
         assert answer == f"{row['class 1']} {100 * float(row['probability 1']):.0f}%"
         assert f"[{' | '.join(prompts)}]" in line
     for flag in ("--csv", "--sheet"):
-        status, _, errors = command(
-            monkeypatch, capsys, world_run, "--images", photos, flag, world_run / "file"
-        )
+        status, _, errors = run_eval(world_run, "--images", photos, flag, world_run / "file")
         assert status == 2 and "in the run's own folder" in errors[0]
 
 
@@ -185,8 +161,8 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
     "flags",
     ["run --names a,b", "run --csv x.csv", "run --images a.jpg --words", "--table . --images a"],
 )
-def test_flags_that_mean_nothing_beside_others_are_refused(flags, monkeypatch, capsys):
-    status, _, errors = command(monkeypatch, capsys, *flags.split())
+def test_flags_that_mean_nothing_beside_others_are_refused(flags, run_eval):
+    status, _, errors = run_eval(*flags.split())
     assert status == 2 and "means nothing here" in errors[0]
 
 
@@ -206,7 +182,7 @@ def test_names_must_differ(tmp_path):
         eval.read_names("cat, dog, cat")
 
 
-def test_no_input_is_ever_replaced(world_run, photos, tmp_path, monkeypatch, capsys):
+def test_no_input_is_ever_replaced(world_run, photos, tmp_path, run_eval):
     first = sorted(photos.glob("*.png"))[0]
     names = tmp_path / "names.txt"
     names.write_text("red circle\nblue star\n")
@@ -218,21 +194,19 @@ def test_no_input_is_ever_replaced(world_run, photos, tmp_path, monkeypatch, cap
         ["--names", names, "--csv", names],
         ["--csv", tmp_path / "x", "--sheet", tmp_path / "x"],
     ):
-        status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos, *flags)
+        status, lines, errors = run_eval(world_run, "--images", photos, *flags)
         assert (status, lines) == (2, []) and "would replace a file that is needed" in errors[0]
     for nowhere in (tmp_path, ""):
-        status, lines, errors = command(
-            monkeypatch, capsys, world_run, "--images", photos, "--csv", nowhere
-        )
+        status, lines, errors = run_eval(world_run, "--images", photos, "--csv", nowhere)
         assert (status, lines) == (2, []) and "cannot write" in errors[0]
     assert (first.read_bytes(), names.read_bytes()) == before
 
 
-def test_hidden_files_of_an_album_are_left_out(world_run, photos, monkeypatch, capsys):
+def test_hidden_files_of_an_album_are_left_out(world_run, photos, run_eval):
     (photos / "._0.png").write_bytes(b"a Mac's leftover")
     (photos / ".thumbs").mkdir()
     (photos / ".thumbs/t.png").write_bytes(next(photos.glob("0*.png")).read_bytes())
-    status, lines, errors = command(monkeypatch, capsys, world_run, "--images", photos)
+    status, lines, errors = run_eval(world_run, "--images", photos)
     assert (status, len(lines), errors) == (0, 3, [])
 
 
