@@ -208,7 +208,7 @@ def publish(folder, checkpoint, result):
 
         router_picture(result, folder / "router.tmp")
     (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name in ("eval_*.json", "eval_*.png", "samples_*.png"):
+    for name in ("eval_*.json", "eval_*.png", "samples_*.png", "why.json"):
         for stale in folder.glob(name):
             stale.unlink()  # of the checkpoint that stood here before
     if result["n_prompts"]:

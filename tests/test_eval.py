@@ -1,7 +1,7 @@
 """Runs evaluated elsewhere, and tables over runs."""
 
 import json
-import sys
+import shutil
 from zipfile import ZipFile
 
 import numpy as np
@@ -97,13 +97,70 @@ def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file,
         "--table nowhere",
         "nowhere",
         "--table . --words",
-        "a --words --data b",
     ],
 )
-def test_bad_input_gets_one_line(flags, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line(flags, tmp_path, monkeypatch, run_eval):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *flags.split()])
-    with pytest.raises(SystemExit) as exit:
-        eval.main()
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    status, _, errors = run_eval(*flags.split())
+    assert status == 2 and len(errors) == 1
+
+
+def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
+    run_train, small, tmp_path, run_eval
+):
+    out = tmp_path / "out"
+    result = run_train(f"{small} --shots 1 --epochs 2 --out", out / "a")
+    status, lines, _ = run_eval("--table", out)
+    assert status == 0 and any(f"| {result['accuracy']:.1f} |" in line for line in lines)
+    status, lines, errors = run_eval("--plots", out)
+    assert status == 2 and lines == [] and "nothing to draw below" in errors[0]
+    status, lines, _ = run_eval(out / "a", "--words")
+    first, *vectors = lines[: lines.index("a photo of a {}.")]
+    assert status == 0 and first == "a centered satellite photo of {}."
+    assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
+
+
+def test_a_run_whose_files_have_moved_is_told_where_they_are(
+    run_train, own_eurosat, random_clip_file, tmp_path, run_eval
+):
+    clip_file, photo = tmp_path / "clip.pt", tmp_path / "photo.jpg"
+    shutil.copy(random_clip_file, clip_file)
+    draw_image(photo, 1)
+    flags = "--dataset eurosat --shots 1 --epochs 1 --image-side prompts --data"
+    result = run_train(flags, own_eurosat, "--clip", clip_file)
+    data, moved, run = own_eurosat.rename(tmp_path / "there"), tmp_path / "b.pt", tmp_path / "run"
+    clip_file.rename(moved)
+    for command in (["--data", data], ["--words"], ["--images", photo]):
+        assert run_eval(run, *command)[0] == 2
+        assert run_eval(run, *command, "--clip", moved)[0] == 0
+        status, _, errors = run_eval(run, *command, "--clip", moved, "--device", "tpu9")
+        assert status == 2 and "no device 'tpu9'" in errors[0]
+    again = json.loads((run / "eval_eurosat_all.json").read_text())
+    assert again["accuracy"] == result["accuracy"]
+    status, _, errors = run_eval(run, "--clip", moved)
+    assert status == 2 and "no images at" in errors[0]
+
+
+def test_a_run_finds_its_files_from_any_folder(
+    run_train, random_clip_file, tmp_path, monkeypatch, capsys
+):
+    for name in ("cat", "dog"):
+        for i in range(6):
+            draw_image(tmp_path / f"photos/{name}/{i}.jpg", f"{name}{i}")
+    (tmp_path / "mine.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
+    shutil.copy(random_clip_file, tmp_path / "clip.pt")
+    (tmp_path / "deep").mkdir()
+    for folder, up in ((tmp_path, ""), (tmp_path / "deep", "../")):  # the second replaces the first
+        monkeypatch.chdir(folder)
+        files = {"dataset": "photos", "groups": "mine.txt", "clip": "clip.pt"}
+        flags = " ".join(f"--{flag} {up}{file}" for flag, file in files.items())
+        result = run_train(f"{flags} --shots 1 --epochs 1 --views 1")
+        assert {flag: result["config"][flag] for flag in files} == {
+            flag: str(tmp_path / file) for flag, file in files.items()
+        }
+        assert result["label"] == "mocoop-clipclip-epochs1-groupsmine-views1"
+        assert result["changed_flags"].keys() == {"clip", "epochs", "groups", "views"}
+    assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
+    assert "SUN397" not in capsys.readouterr().out  # whose templates serve who has none
+    with pytest.raises(BadInput, match="run lies in the dataset itself: name another --out"):
+        run_train(f"{flags} --shots 1 --out ../photos/run")

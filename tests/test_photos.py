@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import eval
 import train
 from eval import load_run
 from lib import cache as feature_cache
-from lib import pictures, world
+from lib import pictures, readers, world
 from lib.errors import BadInput
 
 
@@ -159,7 +160,11 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
 
 @pytest.mark.parametrize(
     "flags",
-    ["run --names a,b", "run --csv x.csv", "run --images a.jpg --words", "--table . --images a"],
+    [
+        *("run --names a,b", "run --csv x.csv", "run --sheet x.png", "--table . --images a"),
+        *(f"run --images a.jpg --{f}" for f in ("words", "classes new", "dataset b", "data b")),
+        *(f"run --words --{f}" for f in ("classes new", "dataset b", "data b")),
+    ],
 )
 def test_flags_that_mean_nothing_beside_others_are_refused(flags, run_eval):
     status, _, errors = run_eval(*flags.split())
@@ -177,9 +182,10 @@ def test_every_photo_of_many_is_opened_once_and_in_order(tmp_path):
     assert max(len(some) for some, _ in opened) <= 32
 
 
-def test_names_must_differ(tmp_path):
+@pytest.mark.parametrize("names", ["cat, dog, cat", "Cat,cat"])  # CLIP reads lower case
+def test_names_must_differ(names):
     with pytest.raises(BadInput, match="each once"):
-        eval.read_names("cat, dog, cat")
+        eval.read_names(names)
 
 
 def test_no_input_is_ever_replaced(world_run, photos, tmp_path, run_eval):
@@ -196,10 +202,43 @@ def test_no_input_is_ever_replaced(world_run, photos, tmp_path, run_eval):
     ):
         status, lines, errors = run_eval(world_run, "--images", photos, *flags)
         assert (status, lines) == (2, []) and "would replace a file that is needed" in errors[0]
-    for nowhere in (tmp_path, ""):
+    for nowhere in (tmp_path, "", tmp_path / "no/such/folder.csv"):
         status, lines, errors = run_eval(world_run, "--images", photos, "--csv", nowhere)
         assert (status, lines) == (2, []) and "cannot write" in errors[0]
     assert (first.read_bytes(), names.read_bytes()) == before
+
+
+def test_a_photo_is_answered_as_its_camera_was_held(world_run, tmp_path):
+    """Also one that a program has opened, and on the sheet."""
+    upright = world.draw("red", "arrow", "large", 0, "shapes").crop((0, 0, 32, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+    upright.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    turned = Image.open(tmp_path / "turned.png")
+    assert turned.size == (20, 32)
+    _, probabilities, _ = load_run(world_run).classify([upright, turned])
+    assert torch.equal(probabilities[0], probabilities[1])
+    assert np.array_equal(readers.thumbnail(tmp_path / "turned.png"), upright)
+
+
+def test_photos_are_found_whatever_their_name(photos, monkeypatch):
+    """By a suffix in capitals, by a name that is a pattern, too."""
+    monkeypatch.chdir(photos)
+    for name in ("holiday [1].png", "DSC_1.PNG"):
+        Path(name).write_bytes(next(photos.glob("0*.png")).read_bytes())
+    assert eval.find_photos(["holiday [1].png"]) == [Path("holiday [1].png")]
+    assert Path("DSC_1.PNG") in eval.find_photos(["."])
+
+
+def test_of_many_photos_the_sheet_has_the_first(world_run, tmp_path, monkeypatch, run_eval):
+    for i in range(102):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    drawn = []
+    monkeypatch.setattr(pictures, "samples_picture", lambda images, *rest: drawn.extend(images))
+    output = "--images", *sorted(tmp_path.glob("*.png")), "--sheet", tmp_path / "sheet.png"
+    status, lines, _ = run_eval(world_run, *output)
+    assert status == 0 and "shows the first 100 of 102 photos" in lines[-1] and len(lines) == 103
+    assert [image.getpixel((0, 0))[0] for image in drawn] == list(range(100))
 
 
 def test_hidden_files_of_an_album_are_left_out(world_run, photos, run_eval):
@@ -210,15 +249,18 @@ def test_hidden_files_of_an_album_are_left_out(world_run, photos, run_eval):
     assert (status, len(lines), errors) == (0, 3, [])
 
 
-@pytest.mark.parametrize("mode, most", [("I;16", 65535), ("I", 2**20), ("F", 1.0)])
-def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, most):
+@pytest.mark.parametrize(
+    "mode, most, brightest",
+    [("I;16", 65535, 255), ("I;16", 25700, 100), ("I", 2**20, 255), ("F", 1.0, 255)],
+)
+def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, most, brightest):
     ramp = np.linspace(0, most, 256).reshape(16, 16)
     kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
     assert Image.open(tmp_path / "deep.tif").mode == mode
     _, (image,) = next(eval.open_photos([tmp_path / "deep.tif"]))
     grey = np.asarray(image)[..., 0].flatten().astype(int)
-    assert np.abs(grey - np.arange(256)).max() <= 1
+    assert np.abs(grey - np.linspace(0, brightest, 256)).max() <= 1
 
 
 def test_a_names_file_may_start_with_a_byte_order_mark(tmp_path):

@@ -16,7 +16,8 @@ from conftest import parse, stopped_after
 import train
 from data import few_shot, load_split
 from lib import images
-from lib.errors import BadInput
+from lib.errors import BadInput, exit_on_bad_input
+from lib.files import replacing
 from lib.flags import method_defaults
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,10 @@ def test_a_run_is_named_after_what_it_is():
     )
     assert folder_of("--top-k", "2") == folder_of()  # the preset's own value
     assert folder_of("--out", "here") == "here"
+    real = folder_of("--dataset", "eurosat", "--clip", "ViT-L/14")
+    assert real == "out/eurosat/mocoop-clipViT-L-14_16shot_all_seed1"
+    init = folder_of("--method", "coop", "--init", "a painting of {}.")
+    assert init == "out/shapes/coop-inita-painting-of-._16shot_all_seed1"
     stopped = folder_of("--method", "coop", "--no-full-stop")
     assert stopped == "out/shapes/coop-full_stopFalse_16shot_all_seed1"
 
@@ -233,7 +238,9 @@ def test_a_run_that_is_too_old_to_know_a_flag_had_its_default(run_train, small, 
 
 def test_a_rerun_replaces_its_folder_and_says_so(run_train, tmp_path, capsys):
     run_train("--shots 1 --epochs 1")
-    (tmp_path / "run/eval_shapes_all.json").write_text("{}")  # of the checkpoint that goes
+    for name in ("eval_shapes_all.json", "eval_shapes_all.png", "samples_shapes_all.png"):
+        (tmp_path / "run" / name).write_text("{}")  # of the checkpoint that goes
+    (tmp_path / "run/why.json").write_text("{}")
     run_train("--shots 1 --epochs 1")
     assert "they will be replaced" in capsys.readouterr().out
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == RUN_FILES
@@ -295,6 +302,23 @@ def test_a_stopped_run_is_not_resumed_with_other_parts(
         run_train(*flags, "--resume")
 
 
+def test_a_stopped_run_goes_on_when_its_data_has_moved(run_train, own_eurosat, random_clip_file):
+    flags = f"--dataset eurosat --clip {random_clip_file} --views 1 --shots 1 --epochs 3 --data"
+    with stopped_after(2):
+        run_train(flags, own_eurosat)
+    moved = own_eurosat.rename(own_eurosat.parent / "there")
+    result = run_train(flags, moved, "--resume")
+    assert len(result["prompt_usage_by_epoch"]) == 3
+
+
+def test_only_a_whole_file_replaces_another(tmp_path):
+    (tmp_path / "file").write_text("good")
+    with pytest.raises(KeyError), replacing(tmp_path / "file") as scratch:
+        scratch.write_text("half")
+        raise KeyError
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["good"]
+
+
 def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text("{")
@@ -312,6 +336,8 @@ def test_damaged_files_of_an_earlier_run_are_named(run_train, tmp_path):
     "flags, said",
     [
         ("--shots 0", "argument --shots: must be from 1"),
+        ("--top-k 0", "argument --top-k: must be from 1"),
+        ("--method mocop", "argument --method: invalid choice: 'mocop'"),
         ("--shots many", "argument --shots: invalid int value: 'many'"),
         ("--classes old", "invalid choice: 'old'"),
         ("--lr -1", "argument --lr: must be from 1e-09"),
@@ -341,10 +367,38 @@ def test_bad_input_gets_one_line_and_leaves_nothing(flags, said, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(run_train, tmp_path):
-    with pytest.raises(BadInput, match="training has diverged in epoch .*: try a smaller --lr"):
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(run_train, tmp_path, capsys):
+    with pytest.raises(BadInput, match="training has diverged in epoch (.*): try") as error:
         run_train("--shots 1 --epochs 8 --lr 1e9")
     assert not (tmp_path / "run").exists()
+    whole = capsys.readouterr().out.count("\nepoch ")
+    assert f"in epoch {whole + 1}: try a smaller --lr" in str(error.value)
+
+
+def test_what_a_run_left_stays_when_it_is_made_again_and_diverges(
+    run_train, small, tmp_path, monkeypatch
+):
+    result = run_train(f"{small} --shots 1 --epochs 1")
+    monkeypatch.setattr(train, "image_loss", lambda logits, labels: logits.sum() * torch.nan)
+    with pytest.raises(BadInput, match="training has diverged in epoch 1:"):
+        run_train(f"{small} --shots 1 --epochs 1")
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == RUN_FILES
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+
+
+def test_the_seconds_of_training_are_told(run_train, small, monkeypatch, capsys):
+    monkeypatch.setattr(train, "fit", lambda *args: (123.456, []))
+    assert run_train(f"{small} --shots 1 --epochs 1")["train_seconds"] == 123.46
+    assert ", 123.5 s of training\n" in capsys.readouterr().out
+
+
+def test_a_run_that_is_interrupted_ends_with_the_status_of_that(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        exit_on_bad_input(interrupted)
+    assert exit.value.code == 130
 
 
 def test_the_command_line_says_in_one_line_what_is_missing(tmp_path):
