@@ -1,8 +1,10 @@
 """Loading a CLIP: every kind of file, and what is not one."""
 
 import copy
+import hashlib
 import warnings
 
+import clip
 import pytest
 import torch
 from clip.model import CLIP
@@ -91,6 +93,16 @@ def test_a_damaged_download_is_fetched_again(tmp_path, monkeypatch, capsys):
     with pytest.raises(BadInput, match="cannot download"):
         load_clip("ViT-B/16", "cpu")
     assert "is damaged" in capsys.readouterr().out
+
+
+def test_a_whole_download_is_taken_as_it_is(tmp_path, monkeypatch, random_clip_file, capsys):
+    content = random_clip_file.read_bytes()
+    url = f"https://nobody.invalid/{hashlib.sha256(content).hexdigest()}/ViT-B-16.pt"
+    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/16", url)
+    monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
+    (tmp_path / "ViT-B-16.pt").write_bytes(content)
+    assert load_clip("ViT-B/16", "cpu")[1] == load_clip(random_clip_file, "cpu")[1]
+    assert capsys.readouterr().out == ""
 
 
 def test_the_bundled_clip_names_the_word_it_has_never_seen():

@@ -16,7 +16,7 @@ from conftest import HERE, draw_image
 from PIL import Image
 
 import eval
-from data import few_shot, load_split, select_classes
+from data import few_shot, full_dataset, load_split, select_classes
 from lib import fetch
 from lib.catalogue import DATASETS, Row, template_groups
 from lib.errors import BadInput
@@ -181,6 +181,34 @@ def test_what_cannot_be_fetched_is_explained_with_the_tree_expected(dataset, tmp
     assert not list(tmp_path.iterdir())
 
 
+# CoOp's own numbers of images and its template, dataset by dataset, from its paper and its code.
+COOP = {
+    "caltech101": ((4128, 1649, 2465), "a photo of a {}."),
+    "oxford_pets": ((2944, 736, 3669), "a photo of a {}, a type of pet."),
+    "stanford_cars": ((6509, 1635, 8041), "a photo of a {}."),
+    "oxford_flowers": ((4093, 1633, 2463), "a photo of a {}, a type of flower."),
+    "food101": ((50500, 20200, 30300), "a photo of {}, a type of food."),
+    "fgvc_aircraft": ((3334, 3333, 3333), "a photo of a {}, a type of aircraft."),
+    "sun397": ((15880, 3970, 19850), "a photo of a {}."),
+    "dtd": ((2820, 1128, 1692), "{} texture."),
+    "eurosat": ((13500, 5400, 8100), "a centered satellite photo of {}."),
+    "ucf101": ((7639, 1898, 3783), "a photo of a person doing {}."),
+    "imagenet": ((None, 0, 50000), "a photo of a {}."),
+    "imagenetv2": ((0, 0, 10000), "a photo of a {}."),
+    "imagenet_sketch": ((0, 0, 50889), "a photo of a {}."),
+    "imagenet_a": ((0, 0, 7500), "a photo of a {}."),
+    "imagenet_r": ((0, 0, 30000), "a photo of a {}."),
+}
+
+
+def test_the_catalogue_has_coops_numbers_and_templates():
+    real = {name: row for name, row in DATASETS.items() if row.layout != "world"}
+    assert {name: (row.counts, row.zero_shot) for name, row in real.items()} == COOP
+    for field in ("folder", "drive_id", "archive", "split"):
+        values = [getattr(row, field) for row in real.values() if getattr(row, field)]
+        assert len(set(values)) == len(values), field  # no dataset has another's
+
+
 # ----------------------------------------------------------------------------- the field's files
 # `field_splits.json.gz` holds what decides on samples in seven of the field's split files: class
 # names, the labels of all images in their order, and the positions of CoOp's samples for seed 1.
@@ -227,6 +255,7 @@ def test_a_shortened_split_is_said_to_be_one(tmp_path, run_train, random_clip_fi
     assert result["split"] == "coop" and result["few_shot_samples"] == "own"
     said = capsys.readouterr().out
     assert "lists (15, 10, 10) images, the field's split (2820, 1128, 1692)" in said
+    assert "1 shots, seed 1 (samples of our own); CLIP" in said
     assert "NOT comparable" in said
 
 
@@ -271,8 +300,9 @@ def test_a_class_more_leaves_the_others_images_where_they_were(tmp_path):
 
 def test_given_train_and_test_folders_are_kept(tmp_path):
     for part, n in (("train", 4), ("val", 2), ("test", 3)):
-        make_folder(tmp_path / "photos", ["cat", "dog"], n, part)
+        make_folder(tmp_path / "photos", ["cat", "red_dog"], n, part)
     split = load_split(str(tmp_path / "photos"), "")
+    assert split.class_names == ["cat", "red dog"]
     assert (len(split.train), len(split.val), len(split.test)) == (8, 4, 6)
     assert split.source == "folder" and split.test[0] == ("test/cat/0.jpg", 0)
     shutil.rmtree(tmp_path / "photos/val")
@@ -320,9 +350,24 @@ def test_folders_that_cannot_be_learned_from_are_refused(tmp_path, classes, n, s
 
 
 def test_two_folders_with_one_class_name_are_refused(tmp_path):
-    folder = make_folder(tmp_path / "photos", ["red_cat", "red cat"])
-    with pytest.raises(BadInput, match="two classes in .* have one name, 'red cat'"):
-        load_split(str(folder), "")
+    for name in ("red cat", "Red_Cat"):  # CLIP reads lower case
+        folder = make_folder(tmp_path / name / "photos", ["red_cat", name])
+        with pytest.raises(BadInput, match="two classes in .* have one name, 'red cat'"):
+            load_split(str(folder), "")
+
+
+def test_a_folder_never_takes_a_datasets_place(tmp_path, monkeypatch):
+    make_folder(tmp_path / "eurosat", ["cat", "dog"])
+    monkeypatch.chdir(tmp_path)
+    assert full_dataset("eurosat") == "eurosat"
+    assert full_dataset("./eurosat") == str(tmp_path / "eurosat")
+
+
+def test_a_linear_probe_needs_validation_images(tmp_path, run_train, random_clip_file):
+    for part in ("train", "test"):
+        make_folder(tmp_path / "photos", ["cat", "dog"], 3, part)
+    with pytest.raises(BadInput, match="chooses its strength on val images: there are none"):
+        run_train("--method linear --clip", random_clip_file, "--dataset", tmp_path / "photos")
 
 
 def test_a_folder_whose_name_looks_like_the_world_gets_the_general_templates():

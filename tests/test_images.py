@@ -3,10 +3,12 @@
 import hashlib
 import os
 import random
+import runpy
 import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import clip
@@ -19,6 +21,7 @@ from PIL import Image
 
 from data import Item, Split, load_split
 from lib import cache, images, processes, world
+from lib.clip_model import load_clip
 from lib.errors import BadInput
 from lib.images import image_features
 
@@ -210,11 +213,40 @@ def test_rows_that_are_no_features_are_not_taken(eurosat, random_clip, capsys):
         (shard,) = cache.CACHE.rglob("*.npz")
 
 
-def test_another_clip_shares_nothing(eurosat, random_clip, capsys):
-    split = load_split("eurosat", eurosat)
+def test_what_encodes_otherwise_shares_nothing(eurosat, random_clip, capsys, monkeypatch):
+    """Another CLIP; another Pillow or torchvision, which may resize otherwise; a GPU, in fp16."""
+    split, texts, hashed = load_split("eurosat", eurosat), [], cache.hashed
+    monkeypatch.setattr(cache, "hashed", lambda text: texts.append(text) or hashed(text))
     encode(random_clip, split, split.test, capsys)
+    assert any("|cpu|" in text for text in texts)
     image_features(random_clip, "another fingerprint", split, split.test)
     assert "30 to encode" in capsys.readouterr().out
+    for library in ("Pillow", "torchvision"):
+        with monkeypatch.context() as patch:
+            if library == "Pillow":
+                patch.setattr(images.PIL, "__version__", "0.1")
+            else:
+                patch.setattr(images, "version", lambda name: "0.1")
+            assert "30 to encode" in encode(random_clip, split, split.test, capsys)[1]
+    assert " 0 to encode" in encode(random_clip, split, split.test, capsys)[1]
+
+
+@pytest.mark.parametrize("place", ["/elsewhere", ""])
+def test_the_cache_is_where_the_user_has_caches(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    found = runpy.run_path(cache.__file__)["CACHE"]
+    assert str(found) == f"{place or '/home/somebody/.cache'}/mocoop"
+
+
+def test_drawn_images_are_not_cropped_while_the_encoder_learns():
+    clip_model, fingerprint = load_clip("bundled", "cpu")
+    split = load_split("shapes", "nowhere")
+    split = replace(split, train=split.train[:6])
+    load = images.training_features(clip_model, fingerprint, split, split.views(8), live=True)
+    (found,) = load([torch.arange(6)], torch.zeros(6, dtype=torch.long), 3)
+    expected = image_features(clip_model, fingerprint, split, split.train)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])

@@ -203,6 +203,60 @@ def test_the_seconds_before_a_stop_count_and_every_epoch_is_saved():
     assert states[3]["seconds"] < 10
 
 
+class Scaler:
+    """Stands for `torch.amp.GradScaler`, which works on GPUs alone: gradients are 65,536 times as
+    large until they are to be clipped or used."""
+
+    def __init__(self, enabled):
+        self.factor, self.scaled = 2.0**16 if enabled else 1.0, False
+
+    def scale(self, loss):
+        self.scaled = True
+        return self.factor * loss
+
+    def unscale_(self, optimiser):
+        assert self.scaled
+        self.scaled = False
+        for part in optimiser.param_groups:
+            for p in part["params"]:
+                p.grad /= self.factor
+
+    def step(self, optimiser):
+        if self.scaled:
+            self.unscale_(optimiser)
+        optimiser.step()
+
+    def update(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_scaled_for_fp16_and_clipped_as_they_are(random_clip, monkeypatch, dtype):
+    """A GPU's way on a CPU: products in the dtype, a scaler if that has a small range."""
+    scalers, learned = [], []
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda enabled: scalers.append(Scaler(enabled)) or scalers[-1]
+    )
+    for products in (torch.float32, dtype):
+        monkeypatch.setattr(train.processes, "mixed_dtype", lambda device, d=products: d)
+        torch.manual_seed(3)
+        model = train.make_model(random_clip, GROUPS, config_of())
+        model.set_classes(NAMES)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        fit(model, config_of("--epochs", 3, "--warm-up", 0), lambda snapshot: None)
+        learned.append({k: v - before[k] for k, v in model.state_dict().items()})
+        predicted = model.eval().text_features()
+        monkeypatch.setattr(train.processes, "mixed_dtype", lambda device: torch.float32)
+        assert torch.equal(predicted, model.text_features())  # predictions are in fp32
+    assert [scaler.factor > 1 for scaler in scalers] == [False, dtype is torch.float16]
+    for name, moved in learned[0].items():
+        if moved.numel():
+            assert (learned[1][name] - moved).norm() <= 0.1 * moved.norm(), name
+
+
 def test_what_is_trained_is_what_requires_gradients(random_clip):
     config = config_of("--router", "frozen", "--text-bias")
     model = train.make_model(random_clip, GROUPS, config)

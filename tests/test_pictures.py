@@ -55,6 +55,9 @@ def heat_map(figure):
     for text in axes.texts:
         x, y = text.get_position()
         cells[y, x] = int(text.get_text())
+        if cells[y, x] != 60:
+            assert text.get_color() == ("white" if cells[y, x] > 60 else "black")  # on grey
+    assert axes.images[0].get_clim() == (0, 1) and axes.images[0].get_cmap().name == "Greys"
     assert np.allclose(axes.images[0].get_array() * 100, cells, atol=0.51)
     return *names, cells.tolist()
 
@@ -98,8 +101,17 @@ def test_curves_are_means_over_seeds_of_the_methods_own_settings(figures, tmp_pa
     assert drawn["coop"] == ([4, 16], [64.0, 76.0])
     assert drawn["zero-shot"][1] == [52.0, 52.0] and drawn["ensemble"][1] == [60.0, 60.0]
     band = axes.collections[1].get_paths()[0].vertices[:, 1]  # of mocoop, after coop's
+    assert "3 seeds at most" in axes.get_title(loc="left")
     std = (2 / 3) ** 0.5
     assert band.min() == pytest.approx(76 - std) and band.max() == pytest.approx(88 + std)
+
+
+def test_methods_below_zero_shot_are_seen(figures, tmp_path):
+    runs = [run(shots=n, accuracy=45.0) for n in (8, 16)]
+    runs += [run("linear", shots=n, accuracy=5.0 + n) for n in (8, 16)]
+    pictures.draw_pictures(runs, tmp_path)
+    (axes,) = figures["few_shot.png"].axes
+    assert 20 < axes.get_ylim()[0] < 45  # CLIP as it is: 51
 
 
 def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_path):
@@ -116,6 +128,21 @@ def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_pa
         assert epochs == [1, 2] and share == pytest.approx(expected)
 
 
+def test_one_seed_is_named(figures, tmp_path):
+    pictures.draw_pictures([run(seed=3)], tmp_path)
+    for name in ("router.png", "usage.png"):
+        assert "seed 3" in figures[name].axes[0].get_title(loc="left")
+
+
+def test_a_name_may_hold_dollars(tmp_path):
+    result, _ = run()
+    result["router"]["rows"] = ["$a", "from $5 to $$ \\frac$"]
+    pictures.router_picture(result, tmp_path / "router.png")
+    figure = pictures.heat_map(PROMPTS, result["router"]["rows"], np.eye(3)[:2], "title")
+    assert not any(text.get_parse_math() for text in figure.axes[0].get_yticklabels())
+    plt.close(figure)
+
+
 def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
     runs = []
     for seed in (1, 2):
@@ -127,13 +154,18 @@ def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
         ]
         runs += [run(seed=seed, accuracy=76.0, lr=0.1), run(seed=seed, shots=4, accuracy=1.0)]
         runs += [run("coop", seed=seed, accuracy=50.0, init="random")]
+        auto, _ = run(seed=seed, accuracy=77.0, groups="auto")
+        runs += [(auto | {"config": auto["config"] | {"groups": "auto"}}, [])]
     pictures.draw_pictures(runs, tmp_path)
     h, everything = figures["ablation.png"].axes
     assert everything.get_xlabel() == "accuracy, all classes (%)"
     assert h.get_xlabel() == "H, base to new (%)"
     names = [t.get_text() for t in h.get_yticklabels()]  # which both share
     widths = dict(zip(names, (bar.get_width() for bar in everything.patches)))
-    assert widths == {"MoCoOp": 83.0, "top k 1": 70.0, "one group": 75.0}
+    assert widths == {"MoCoOp": 83.0, "top k 1": 70.0, "one group": 75.0, "groups auto": 77.0}
+    (errors,) = everything.collections  # mean ± std
+    ends = {names[round(y)]: (low, high) for (low, y), (high, _) in errors.get_segments()}
+    assert ends["MoCoOp"] == (82.0, 84.0) and ends["top k 1"] == (70.0, 70.0)
     widths = dict(zip(names, (bar.get_width() for bar in h.patches)))
     assert widths["MoCoOp"] == 72.0 and np.isnan(widths["top k 1"])
     dotted = everything.lines[-1].get_xdata()

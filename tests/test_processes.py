@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib import processes
+from lib.errors import BadInput
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +47,7 @@ def test_two_processes_learn_what_one_learns(torchrun, run_train, small, tmp_pat
     process = torchrun(2, *flags, "--out", tmp_path / "two")
     out, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
-    assert out.count("after training") == out.count("epoch    4") == 1
+    assert out.count("after training") == out.count(" 4/4  lr ") == 1
     one = run_train(" ".join(flags), "--out", tmp_path / "one")
     a, b = learned(tmp_path / "one"), learned(tmp_path / "two")
     for name in a:
@@ -53,6 +56,38 @@ def test_two_processes_learn_what_one_learns(torchrun, run_train, small, tmp_pat
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert two["prompt_usage"] == pytest.approx(one["prompt_usage"], abs=2e-4)
     assert two["accuracy"] == one["accuracy"]
+
+
+def test_an_image_that_one_process_cannot_read_ends_all(torchrun, own_eurosat, random_clip_file):
+    split = json.loads((own_eurosat / "eurosat/split_zhou_EuroSAT.json").read_text())
+    path = split["test"][1][0]  # the second process's
+    (own_eurosat / "eurosat/2750" / path).write_bytes(b"half an image")
+    flags = "--dataset", "eurosat", "--data", own_eurosat, "--clip", random_clip_file
+    process = torchrun(2, *flags, "--shots", 1)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert error.count("cannot read the image") == 1 and path in error
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """Of its machine, where machines are several. Told without a GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    assert processes.choose_device("cuda") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    with pytest.raises(BadInput, match="each process a GPU of its own: --device cuda, no number"):
+        processes.choose_device("cuda:0")
+
+
+def test_an_older_gpu_computes_in_fp16(monkeypatch):
+    for bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)  # noqa: B023
+        expected = torch.bfloat16 if bf16 else torch.float16
+        assert processes.mixed_dtype(torch.device("cuda")) is expected
+        assert processes.mixed_dtype(torch.device("cpu")) is torch.float32
 
 
 def test_bad_input_is_told_once_and_the_run_ends(torchrun, tmp_path):

@@ -126,7 +126,51 @@ def test_a_method_that_is_not_here_has_its_row(tmp_path):
 
 
 def test_h_takes_the_seeds_that_have_both_numbers(tmp_path):
-    write_run(tmp_path / "a", 1, 80.0, "base", evaluations=[("eurosat", "new", 80.0)])
-    write_run(tmp_path / "b", 2, 10.0, "base")
+    write_run(tmp_path / "a", 1, 10.0, "base")
+    write_run(tmp_path / "b", 2, 80.0, "base", evaluations=[("eurosat", "new", 80.0)])
     row = next(r for r in rows(tables.runs_table(find_runs(tmp_path))) if r["method"] == "mocoop")
     assert row["H"] == "80.0"
+
+
+def test_h_has_the_deviation_of_the_seeds_own():
+    columns = {"accuracy": {1: 90.0, 2: 60.0}, "new": {2: 60.0, 1: 45.0}}
+    assert tables.mean_h(columns) == pytest.approx((2 * 75 * 52.5 / 127.5, 0.0))
+
+
+def test_runs_with_other_clips_are_in_other_rows(tmp_path):
+    for clip, accuracy in (("ViT-B/16", 80.0), ("RN50", 60.0)):
+        write_run(tmp_path / f"{accuracy}", 1, accuracy)
+        file = tmp_path / f"{accuracy}/result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"clip": clip}))
+    found = rows(tables.runs_table(find_runs(tmp_path)))
+    found = {row["CLIP"]: row for row in found if row["method"] == "mocoop"}
+    assert {clip: row["accuracy"] for clip, row in found.items()} == {
+        "ViT-B/16": "80.0", "RN50": "60.0"
+    }  # fmt: skip
+    assert {(row["dataset"], row["classes"], row["shots"]) for row in found.values()} == {
+        ("eurosat", "all", "4")
+    }
+
+
+def test_every_pair_of_dataset_and_classes_has_a_column(tmp_path):
+    evaluations = [("dtd", "base", 1.0), ("dtd", "new", 2.0), ("eurosat", "new", 3.0)]
+    write_run(tmp_path / "base", 1, 90.0, "base", evaluations=evaluations)
+    write_run(tmp_path / "all", 1, 80.0, evaluations=[("eurosat", "new", 70.0)])
+    found = rows(tables.runs_table(find_runs(tmp_path)))
+    found = {row["classes"]: row for row in found if row["method"] == "mocoop"}
+    row = found["base"]
+    assert (row["dtd"], row["dtd new"], row["new"]) == ("1.0", "2.0", "3.0")
+    assert found["all"]["new"] == "70.0" and found["all"]["H"] == ""  # H is of base runs
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
+def test_clip_as_it_is_has_one_row(tmp_path, method):
+    write_run(tmp_path / "a", 1, 50.0 if method == "zeroshot" else 60.0)
+    file = tmp_path / "a/result.json"
+    result = json.loads(file.read_text()) | {"method": method, "label": method}
+    file.write_text(json.dumps(result))
+    found = rows(tables.runs_table(find_runs(tmp_path)))
+    assert [(row["method"], row["accuracy"]) for row in found] == [
+        ("ensemble", "60.0"),
+        ("zero-shot", "50.0"),
+    ]

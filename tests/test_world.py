@@ -1,8 +1,11 @@
 """The built-in world: the same everywhere, and a CLIP that fits it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import HERE
 from PIL import Image
 
 from data import load_split
@@ -100,6 +103,27 @@ def test_datasets_are_drawn_differently():
     ]
     for i, image in enumerate(drawn):
         assert not any(np.array_equal(image, other) for other in drawn[:i])
+
+
+def look(dataset, style):
+    """Mean red, green and blue, and the mean change from pixel to pixel, of some drawings."""
+    drawn = [
+        np.asarray(world.draw(*name.split(), style, "test/000", dataset), dtype=float)
+        for name in world.CLASSES[::4]
+    ]
+    pixels = np.stack(drawn)
+    changes = (np.abs(np.diff(pixels, axis=axis)).mean() for axis in (1, 2))
+    return [*pixels.mean(axis=(0, 1, 2)), *changes]
+
+
+def test_drawings_look_as_they_always_did():
+    """Every number in README.md and docs/RESULTS.md is of these drawings. `world_look.json` holds
+    what `look` says of them; libraries may round a little otherwise."""
+    expected = json.loads((HERE / "world_look.json").read_text())
+    found = {f"{d}/{s}": look(d, s) for d, styles in world.DATASETS.items() for s in styles}
+    assert found.keys() == expected.keys()
+    for name, numbers in found.items():
+        assert numbers == pytest.approx(expected[name], rel=0.01, abs=0.1), name
 
 
 def test_a_red_star_is_red_and_a_ring_has_a_hole():
