@@ -69,17 +69,17 @@ CASES = {
         plain.COOP | {"views": 2, "epochs": 8},
     ),
     "CoCoOp": (
-        "--method cocoop --classes base --shots 1 --seed 2 --views 2 --epochs 2",
-        plain.COCOOP | {"views": 2, "epochs": 2},
+        "--method cocoop --classes base --shots 1 --seed 2 --views 2 --epochs 2 --lr 0.05",
+        plain.COCOOP | {"views": 2, "epochs": 2, "lr": 0.05},
     ),
     "LASP": (
         "--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 3",
         plain.LASP | {"views": 2, "epochs": 3},
     ),
     "LayerNorms": (
-        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 10 --batch-size 5",
-        plain.MOCOOP
-        | {"side": "layer-norms", "views": 1, "epochs": 10, "batch": 5, "lr": 0.032 * 5 / 32},
+        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 10 --batch-size 5"
+        " --lr 0.02",
+        plain.MOCOOP | {"side": "layer-norms", "views": 1, "epochs": 10, "batch": 5, "lr": 0.02},
     ),
     "prompts beside patches": (
         "--image-side prompts --classes base --shots 2 --seed 2 --epochs 3 --batch-size 5"
@@ -102,6 +102,26 @@ def eurosat(eurosat, tmp_path_factory):
     split["test"] += split["val"] + split["train"]
     (root / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
     return root.parent
+
+
+@pytest.fixture(scope="module")
+def random_clip(random_clip, eurosat):
+    """To a CLIP of random weights all images look alike, and all sentences. Without what they have
+    in common it sees differences, and answers of all kinds."""
+    model, task = copy.deepcopy(random_clip), Task(eurosat, "all", 1, 1)
+    with torch.no_grad():
+        f = model.encode_image(read(task.images, task.test))
+        t = model.encode_text(clip.tokenize([f"a photo of a {name}." for name in task.names]))
+        model.visual.ln_post.bias -= torch.linalg.solve(model.visual.proj.T, f.mean(0))
+        model.ln_final.bias -= torch.linalg.solve(model.text_projection.T, t.mean(0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def random_clip_file(random_clip, tmp_path_factory):
+    path = tmp_path_factory.mktemp("centred") / "random.pt"
+    torch.save(random_clip.state_dict(), path)
+    return path
 
 
 @pytest.fixture
@@ -242,10 +262,13 @@ def check_probabilities(folder, model, about):
     """What a program gets that loads the run, for some of its test images."""
     names, items, f, *_ = about
     images = [Image.open(folder / path) for path, _ in items[:4]]
-    found_names, probabilities, found_weights = eval.load_run("run").classify(images)
+    run = eval.load_run("run")
+    found_names, probabilities, found_weights = run.classify(images)
     with torch.no_grad():
         _, weights, _, logits = model(f[:4], names)
     assert found_names == names
+    (found_logits, _), *_ = run.model.logits(names, f[:4])  # softmax forgets what all share
+    assert torch.allclose(found_logits, torch.stack(logits), atol=1e-4)
     assert torch.allclose(probabilities, torch.stack(logits).softmax(dim=-1), atol=1e-5)
     assert torch.allclose(found_weights, weights, atol=1e-5)
 
