@@ -93,7 +93,7 @@ STOPPED = {"other numbers": 4, "published": 2, "LayerNorms": 6, "CoOp": 5}  # af
 
 
 @pytest.fixture(scope="module")
-def eurosat(eurosat, tmp_path_factory):
+def data_root(eurosat, tmp_path_factory):
     """All its images are test images, too: the more there are, the more a percentage tells."""
     root = tmp_path_factory.mktemp("more") / "eurosat"
     root.mkdir()
@@ -102,26 +102,6 @@ def eurosat(eurosat, tmp_path_factory):
     split["test"] += split["val"] + split["train"]
     (root / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
     return root.parent
-
-
-@pytest.fixture(scope="module")
-def random_clip(random_clip, eurosat):
-    """To a CLIP of random weights all images look alike, and all sentences. Without what they have
-    in common it sees differences, and answers of all kinds."""
-    model, task = copy.deepcopy(random_clip), Task(eurosat, "all", 1, 1)
-    with torch.no_grad():
-        f = model.encode_image(read(task.images, task.test))
-        t = model.encode_text(clip.tokenize([f"a photo of a {name}." for name in task.names]))
-        model.visual.ln_post.bias -= torch.linalg.solve(model.visual.proj.T, f.mean(0))
-        model.ln_final.bias -= torch.linalg.solve(model.text_projection.T, t.mean(0))
-    return model
-
-
-@pytest.fixture(scope="module")
-def random_clip_file(random_clip, tmp_path_factory):
-    path = tmp_path_factory.mktemp("centred") / "random.pt"
-    torch.save(random_clip.state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -275,11 +255,11 @@ def check_probabilities(folder, model, about):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_the_one_computed_apart(
-    name, start, eurosat, random_clip, random_clip_file, tmp_path, capsys
+    name, start, data_root, random_clip, random_clip_file, tmp_path, capsys
 ):
     flags, s = CASES[name]
     (tmp_path / "groups.txt").write_text("\n\n".join("\n".join(g) for g in OTHER_GROUPS))
-    command = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --out run {flags}"
+    command = f"--dataset eurosat --data {data_root} --clip {random_clip_file} --out run {flags}"
     if name in STOPPED:
         with stopped_after(STOPPED[name]):
             start(train, command)
@@ -289,9 +269,9 @@ def test_a_run_is_the_one_computed_apart(
 
     given = dict(re.findall(r"--([\w-]+) (\w[\w.-]*)", flags))
     seed, shots = int(given["seed"]), int(given["shots"])
-    task = Task(eurosat, given.get("classes", "all"), shots, seed)
+    task = Task(data_root, given.get("classes", "all"), shots, seed)
     clip_model = plain.shortened(random_clip)
-    load = task.loader(eurosat, clip_model, s["side"])
+    load = task.loader(data_root, clip_model, s["side"])
     labels = torch.tensor([label for _, label in task.train])
     model, told = plain.train(clip_model, s, seed, task.every_name, task.seen, load, labels)
 
@@ -348,7 +328,7 @@ def test_a_run_is_the_one_computed_apart(
     # The run on other classes, and on a folder with other names, which has templates of its own.
     start(eval, "run --classes new")
     found = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
-    task = Task(eurosat, "new", shots, seed)
+    task = Task(data_root, "new", shots, seed)
     about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
     check_numbers(found, model, untrained, *about)
     assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
@@ -363,7 +343,7 @@ def test_a_run_is_the_one_computed_apart(
 
 
 def test_a_linear_probe_is_the_one_computed_apart(
-    start, eurosat, random_clip, random_clip_file, tmp_path, capsys, monkeypatch
+    start, data_root, random_clip, random_clip_file, tmp_path, capsys, monkeypatch
 ):
     """At the minimum of logistic regression the gradients of the two terms cancel, which says what
     it was fitted to, and how strongly; what the strength was chosen on, the number alone does not
@@ -376,11 +356,11 @@ def test_a_linear_probe_is_the_one_computed_apart(
         return fit_probe(class_names, features, val_features, labels, val_labels)
 
     monkeypatch.setattr(train, "fit_probe", spy)
-    files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file} --shots 3 --seed 2"
+    files = f"--dataset eurosat --data {data_root} --clip {random_clip_file} --shots 3 --seed 2"
     start(train, f"{files} --classes new --epochs 1 --views 1 --out crops")
     start(train, f"{files} --classes new --method linear --out run")
     c = float(re.search(r"C = (\S+)", capsys.readouterr().out)[1])
-    task = Task(eurosat, "new", 3, 2)
+    task = Task(data_root, "new", 3, 2)
     x, val, test = (random_clip.encode_image(read(task.images, items)).double()
                     for items in (task.train, task.val, task.test))  # fmt: skip
     y = torch.tensor([label for _, label in task.train])
@@ -413,16 +393,16 @@ def test_a_linear_probe_is_the_one_computed_apart(
 
 @pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
 def test_clip_as_it_is_is_the_one_computed_apart(
-    method, start, eurosat, random_clip, random_clip_file, tmp_path
+    method, start, data_root, random_clip, random_clip_file, tmp_path
 ):
-    files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
+    files = f"--dataset eurosat --data {data_root} --clip {random_clip_file}"
     start(train, f"{files} --classes base --method {method} --shots 1 --out run")
     groups = {"zeroshot": [[ZERO_SHOT]], "ensemble": plain.EUROSAT}[method]
     other_groups = {"zeroshot": [["a photo of a {}."]], "ensemble": plain.SUN397}[method]
     pets = Pets(tmp_path / "pets")
     start(eval, "run --dataset pets")
     for task, templates, file in (
-        (Task(eurosat, "base", 1, 1), groups, "result.json"),
+        (Task(data_root, "base", 1, 1), groups, "result.json"),
         (pets, other_groups, "eval_pets_base.json"),
     ):
         names = task.names if task is not pets else pets.names[:5]
@@ -437,7 +417,7 @@ def test_clip_as_it_is_is_the_one_computed_apart(
     names = ["sea", "lake", "old forest"]  # of one's own, with the run's templates
     texts = [plain.hard_features(random_clip, t, names) for group in groups for t in group]
     texts = plain.unit(torch.stack(texts).mean(0))
-    task = Task(eurosat, "base", 1, 1)
+    task = Task(data_root, "base", 1, 1)
     images = [Image.open(task.images / path) for path, _ in task.test]
     f = plain.unit(random_clip.encode_image(read(task.images, task.test)))
     found_names, probabilities, _ = eval.load_run("run").classify(images, names)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+import losses
 from losses import gate_loss, image_loss, text_loss
 
 
@@ -27,6 +28,15 @@ def test_text_loss_has_no_temperature_and_averages_groups_and_classes():
     right, wrong = math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(1.0))
     expected = (right + wrong) / 2
     assert math.isclose(text_loss(text_features, prototypes).item(), expected, rel_tol=1e-6)
+
+
+def test_text_loss_does_not_depend_on_how_many_groups_are_computed_at_a_time(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    soft, hard = torch.randn(2, 5, 4, 8, generator=rng)
+    whole = text_loss(soft, hard)
+    for groups in (1, 2):
+        monkeypatch.setattr(losses, "NUMBERS_AT_ONCE", 4**2 * groups)
+        assert torch.allclose(text_loss(soft, hard), whole, rtol=1e-6)
 
 
 def test_text_loss_compares_within_a_group_only():

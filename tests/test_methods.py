@@ -11,11 +11,13 @@ from conftest import HERE, parse
 
 import eval
 import train
+from data import few_shot_split
 from lib import cache as feature_cache
 from lib import grouping, probe
 from lib.catalogue import DATASETS, template_groups
 from lib.clip_model import load_clip
 from lib.errors import BadInput
+from lib.images import image_features
 from lib.probe import linear_probe, logistic_regression
 from lib.templates import all_templates
 from lib.tokens import known_tokens, words_of
@@ -201,6 +203,10 @@ def test_a_learning_image_encoder_leaves_baselines_and_cache_alone(
     again = eval.evaluate(tmp_path / "learning")
     for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "prompt_usage"):
         assert again[key] == first[key]
+    run, config = eval.load_run(tmp_path / "learning"), first["config"]
+    _, split = few_shot_split(config)
+    val = image_features(run.clip_model, run.fingerprint, split, split.val, cached=False)
+    assert first["val_accuracy"] == train.accuracy_on(run.model, split, split.val, val)
     parameters = learned(tmp_path / "learning")
     assert sum(v.numel() for k, v in parameters.items() if k.startswith("image_side")) == size
     elsewhere = eval.evaluate(tmp_path / "learning", classes="new")  # images not met before

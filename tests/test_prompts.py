@@ -137,6 +137,12 @@ def test_a_class_name_too_long_for_clip_is_refused_by_name(random_clip):
         soft(random_clip, ["a photo of a {}."], [long])
     with pytest.raises(BadInput, match="and this CLIP reads 77"):
         template_features(random_clip, ["a photo of a {}."], [long])
+    just = "very " * 69 + "long"  # with SOS, "a photo of a", "." and EOT
+    with pytest.raises(BadInput, match="is 78 tokens long"):
+        template_features(random_clip, ["a photo of a {}."], ["very " + just])
+    ours = template_features(random_clip, ["a photo of a {}."], [just])[0]
+    theirs = random_clip.encode_text(clip.tokenize(f"a photo of a {just}."))
+    assert torch.allclose(ours, torch.nn.functional.normalize(theirs, dim=-1), atol=1e-5)
 
 
 def test_groups_of_ones_own_are_lines_with_blank_lines_between(tmp_path):

@@ -117,7 +117,7 @@ def test_ties_are_no_wins_and_seeds_are_paired_whatever_their_order(lines):
     lines.append(run("shapes", "all", "lasp", 1, 82.0))
     row = cells(results.paired_table(results.Numbers(lines)), ["LASP"])
     assert row[0] == "-1.0 ± 1.0" and row[4] == "0 of 2"
-    assert results.differences({2: 5.0, 1: 3.0}, {1: 1.0, 2: 1.0, 3: 9.0}) == {1: 2.0, 2: 4.0}
+    assert results.differences({2: 5.0, 1: 3.0}, {1: 1.0, 2: 2.0, 3: 9.0}) == {1: 2.0, 2: 3.0}
 
 
 def test_what_is_learned_of_images_has_a_table_of_its_own(lines):
@@ -191,8 +191,8 @@ def test_a_mixture_is_taken_apart_into_what_it_was(
     with torch.no_grad():
         pixels = [clip.clip._transform(32)(split.open(item.path)) for item in split.test]
         f = plain.unit(random_clip.encode_image(torch.stack(pixels)))
-        gate = run.model.router.gate  # this CLIP's images are much alike: look at what differs
-        gate.weight.normal_(std=100, generator=torch.Generator().manual_seed(1))
+        gate = run.model.router.gate  # after six epochs it hardly tells images apart
+        gate.weight.normal_(std=8, generator=torch.Generator().manual_seed(1))
         gate.bias.copy_(-gate.weight @ f.mean(0))
     found = take_apart(run, split)
     model = plain.Plain(random_clip, plain.MOCOOP, 1)

@@ -96,6 +96,13 @@ def test_an_image_is_drawn_from_its_name_alone(dataset):
     assert not np.array_equal(first, second)
 
 
+def test_no_image_is_drawn_twice():
+    split = load_split("shapes", "anywhere")
+    items = {item.path: item for item in split.train + split.val + split.test}
+    drawn = {split.open(path).tobytes() for path in items if path.endswith(("000", "001"))}
+    assert len(drawn) == 3 * 2 * 20 * len(world.STYLES)
+
+
 def test_datasets_are_drawn_differently():
     drawn = [
         np.asarray(world.draw("red", "star", world.DATASETS[dataset][0], "test/000", dataset))
