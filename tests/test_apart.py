@@ -72,6 +72,13 @@ CASES = {
         "--method cocoop --classes base --shots 1 --seed 2 --views 2 --epochs 2 --lr 0.05",
         plain.COCOOP | {"views": 2, "epochs": 2, "lr": 0.05},
     ),
+    "a mixture with CoCoOp's network": (
+        "--conditional --text-target templates --classes base --shots 1 --seed 3 --views 2"
+        " --epochs 2 --batch-size 4 --groups groups.txt",
+        plain.MOCOOP
+        | {"conditional": True, "per_template": True, "views": 2, "epochs": 2, "batch": 4}
+        | {"lr": 0.032 / 8, "groups": OTHER_GROUPS},
+    ),
     "LASP": (
         "--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 3",
         plain.LASP | {"views": 2, "epochs": 3},

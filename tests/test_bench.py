@@ -52,6 +52,25 @@ def test_operations_are_counted_by_shape():
     assert counted.launches == 3
 
 
-def test_memory_of_a_step_is_measured(capsys):
-    bench.memory("shapes", "shared beginnings", "cpu")
-    assert '"added_bytes"' in capsys.readouterr().out
+def test_memory_of_a_step_is_what_it_adds():
+    found = bench.in_fresh_process("memory('shapes', 'shared beginnings', 'cpu')")
+    assert 0 < found["added_bytes"] < found["bytes"] / 2
+
+
+def test_a_tables_figures_are_worked_out_from_seconds(monkeypatch, capsys):
+    seconds = {"slow": 8.0, "fast": 2.0}
+    monkeypatch.setattr(bench, "VITS", {"a ViT": (64, 2, 16, 4)})  # of 4 images at a time
+    monkeypatch.setattr(bench, "image_ways", lambda *sizes: {way: way for way in seconds})
+    monkeypatch.setattr(bench, "seconds", seconds.get)
+    assert bench.images_table(3, None) == {"a ViT": {"slow": 2.0, "fast": 0.5}}
+    said = capsys.readouterr().out
+    assert "| slow | 2,000.0 | 1.00 x |" in said and "| fast | 500.0 | 4.00 x |" in said
+
+    monkeypatch.setattr(bench, "in_fresh_process", lambda call, n: {1: 3.0, 2: 2.0}[n])
+    bench.processes_table(1)
+    assert "| 2 | 2,000 | 1.50 x |" in capsys.readouterr().out
+
+    step = {"seconds": 7.2, "bytes": 5e9}
+    monkeypatch.setattr(bench, "in_fresh_process", lambda call: step)
+    bench.imagenet_table("cpu")
+    assert "| 7.2 | 1.0 | 5.0 |" in capsys.readouterr().out  # 16,000 images, 32 at a time

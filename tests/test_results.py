@@ -8,7 +8,7 @@ import clip
 import plain
 import pytest
 import torch
-from conftest import HERE, parse
+from conftest import HERE, draw_image, parse, stopped_after
 
 import eval
 import train
@@ -181,12 +181,19 @@ def test_the_pages_show_the_results_that_are_kept(monkeypatch):
 def test_a_mixture_is_taken_apart_into_what_it_was(
     run_train, eurosat, random_clip, random_clip_file, tmp_path
 ):
+    more_photos = str(tmp_path / "photos")
+    for name in ("cat", "dog", "fox"):
+        for i in range(20):
+            draw_image(tmp_path / f"photos/{name}/{i}.jpg", f"{name}{i}")
     files = f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
     result = run_train(f"{files} --shots 4 --epochs 6 --views 1 --classes base")
     run = eval.load_run(tmp_path / "run")
     split = select_classes(load_split("eurosat", eurosat), "new")
-    parts = why(tmp_path / "run")
+    parts = why(tmp_path / "run", datasets=(more_photos,))
     assert parts["new"] == take_apart(run, split)
+    elsewhere = eval.evaluate(tmp_path / "run", dataset=str(more_photos), classes="all")
+    accuracy = parts[more_photos]["accuracy"]["router, prompts"]
+    assert accuracy == elsewhere["accuracy"] != result["accuracy"]
     assert parts["base"]["accuracy"]["router, prompts"] == result["accuracy"]
     with torch.no_grad():
         pixels = [clip.clip._transform(32)(split.open(item.path)) for item in split.test]
@@ -234,6 +241,14 @@ def test_a_mixture_is_taken_apart_into_what_it_was(
     assert found["classes"]["cosine of prompt and prototype"] == pytest.approx(own, abs=1e-4)
 
 
+def test_a_learned_image_encoder_is_taken_apart_with_its_own_features(run_train, small, tmp_path):
+    result = run_train(f"{small} --shots 2 --epochs 3 --image-side prompts --lr 1")
+    found = take_apart(
+        eval.load_run(tmp_path / "run"), load_split("eurosat", result["config"]["data"])
+    )
+    assert found["accuracy"]["router, prompts"] == result["accuracy"]
+
+
 def test_every_run_of_the_reproduction_is_one_that_train_takes_and_none_is_made_twice():
     folders = set()
     for flags in reproduce.jobs():
@@ -244,6 +259,25 @@ def test_every_run_of_the_reproduction_is_one_that_train_takes_and_none_is_made_
             new = [] if config["method"] == "linear" else [(None, "new")]
             assert evaluated == new
     assert len(folders) == len(list(reproduce.jobs())) > 500
+
+
+def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
+    """So that a run's flags, what it is evaluated on and whether it is taken apart are not changed
+    without making docs/results.jsonl again."""
+    made, kept = set(), set()
+    for flags in reproduce.jobs():
+        config, _, folder, _ = train.resolve(parse(flags.split()))
+        apart = reproduce.is_to_be_taken_apart(config, folder)
+        what = {(t.get("dataset"), t.get("classes")) for t in reproduce.evaluations(config)}
+        what = {(d or config["dataset"], c or "all") for d, c in what}
+        parts = ("base", "new") if config["classes"] == "base" else ("all", *results.SHIFTED)
+        made.add((str(folder), frozenset(what), parts if apart else None))
+    for result, others, parts in results.load_results(HERE.parent / results.RESULTS):
+        folder = f"out/{result['dataset']}/{result['label']}_{result['shots']}shot"
+        folder += f"_{result['classes']}_seed{result['seed']}"
+        what = frozenset((other["dataset"], other["classes"]) for other in others)
+        kept.add((folder, what, tuple(parts) if parts else None))
+    assert made == kept
 
 
 def test_a_run_is_made_once_and_kept(tmp_path, monkeypatch):
@@ -260,6 +294,32 @@ def test_a_run_is_made_once_and_kept(tmp_path, monkeypatch):
         assert reproduce.run_job(flags) == first
     again = reproduce.run_job(flags, again=True)
     assert reproduce.without_times(again)[:2] == reproduce.without_times(first)[:2]
+
+
+def test_a_reproduction_that_was_stopped_goes_on_with_its_half_finished_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
+    flags = "--method mocoop --shots 1 --epochs 3"
+    with stopped_after(2):
+        reproduce.run_job(flags)
+    rates, learning_rate = [], train.learning_rate
+    monkeypatch.setattr(
+        train, "learning_rate", lambda *a, **k: rates.append(a[0]) or learning_rate(*a, **k)
+    )
+    reproduce.run_job(flags)
+    assert set(rates) == {2}  # the third epoch alone
+
+
+def test_pictures_of_the_method_are_without_what_is_learned_of_images(lines, monkeypatch, capsys):
+    lines.append(run("shapes", "all", "mocoop-image_sideprompts", 1, 85.0,
+                     changed={"image_side": "prompts"}))  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda runs, folder: drawn.extend(runs) or [])
+    monkeypatch.setattr(reproduce.results, "pages", lambda lines: {})
+    reproduce.write_tables(lines)
+    labels = {result["label"] for result, _ in drawn}
+    assert labels == {"mocoop", "coop", "mocoop-top_k1", "coop-lr0.01"}
+    assert {result["dataset"] for result, _ in drawn} == {"shapes"}
 
 
 class _Threads:
@@ -282,10 +342,15 @@ def test_runs_are_listed_in_their_order_and_not_as_they_ended(monkeypatch, capsy
 
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", _Threads)
     monkeypatch.setattr(reproduce, "run_job", run_job)
+    clock = iter(range(0, 6000, 600))  # a run every ten minutes
+    monkeypatch.setattr(reproduce.time, "time", lambda: next(clock))
     lines = reproduce.run_all(["1", "2", "3", "4"])
     assert list(lines) == ["1", "2", "3", "4"]
     assert [line[0]["accuracy"] for line in lines.values()] == [1.0, 2.0, 3.0, 4.0]
-    assert "4/4" in capsys.readouterr().out
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(line[0], line[1], line[3]) for line in said] == [
+        ("1/4", "10", "30"), ("2/4", "20", "20"), ("3/4", "30", "10"), ("4/4", "40", "0")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", [False, True])
