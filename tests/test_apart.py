@@ -320,6 +320,7 @@ def test_a_run_is_the_one_computed_apart(
         val = torch.stack(model(features(task, task.val)[0], task.names)[3])
     assert result["val_accuracy"] == pytest.approx(right(val, task.val), abs=0.006)
     assert result["n_train"] == len(task.train)
+    assert f" with {result['n_prompts']} prompts, {result['top_k']} per image\n" in printed
     untrained_said = "zero-shot {zero_shot_accuracy:.2f} %, ensemble {ensemble_accuracy:.2f} %"
     method = given.get("method", "mocoop")
     assert f"before training: {untrained_said.format(**result)}\n" in printed
