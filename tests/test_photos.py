@@ -67,11 +67,12 @@ def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, run_
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(world_run, photos, run_eval):
-    (photos / "broken.jpg").write_bytes(b"half a photo")
+    _, answers, _ = run_eval(world_run, "--images", photos)
+    (photos / "0 broken.jpg").write_bytes(b"half a photo")  # the first of all
     status, lines, errors = run_eval(world_run, "--images", photos)
-    assert (status, len(lines)) == (1, 3)
-    assert len(errors) == 1 and "broken.jpg" in errors[0]
-    status, lines, errors = run_eval(world_run, "--images", photos / "broken.jpg")
+    assert (status, lines) == (1, answers) and len(lines) == 3
+    assert len(errors) == 1 and "0 broken.jpg" in errors[0]
+    status, lines, errors = run_eval(world_run, "--images", photos / "0 broken.jpg")
     assert (status, lines) == (2, []) and "none of 1 images could be read" in errors[-1]
     status, lines, errors = run_eval(world_run, "--images", "nowhere*.png")
     assert (status, lines, errors) == (2, [], ["nowhere*.png names no image"])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from types import SimpleNamespace
 
 import clip
 import pytest
@@ -14,6 +15,7 @@ from lib import processes, text_encoder, tokens
 from lib.catalogue import DATASETS
 from lib.packing import join, pack
 from lib.templates import all_templates
+from lib.text_encoder import chunk_for
 from prompts import SoftPrompts, template_features
 from tools.steps import encode_text
 
@@ -200,6 +202,23 @@ def test_some_prompts_and_sets_of_vectors_may_take_several_batches(random_clip):
     parts = prompts.text_features(random_clip, shift=shift, only=only)
     assert largest_difference(parts[:, only], expected[:, only]) < 1e-5
     assert largest_difference(gradients(prompts, parts[:, only]), wanted) < 1e-4
+
+
+def test_on_a_gpu_as_many_sentences_are_encoded_as_have_room_in_every_process(monkeypatch):
+    """Worked out by hand, with a GPU's figures but without one."""
+    gpu = SimpleNamespace(
+        logit_scale=SimpleNamespace(device=SimpleNamespace(type="cuda")),
+        text_projection=torch.zeros(64, 512),
+        transformer=SimpleNamespace(resblocks=[None] * 3),
+    )
+    longest = 28 * 64 * 3 * 10  # bytes of a sentence of ten places
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * longest, 99 * longest))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * longest)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * longest)
+    prompts = [[range(4), range(10)], [range(7)]]
+    assert chunk_for(gpu, prompts) == (30 + 12 - 2) / 2
+    monkeypatch.setattr(processes, "gather", lambda action: [action(), 7])
+    assert chunk_for(gpu, prompts) == 7  # another process has less
 
 
 def test_features_and_gradients_do_not_depend_on_the_chunk(random_clip):
