@@ -63,7 +63,7 @@ def test_an_image_that_one_process_cannot_read_ends_all(torchrun, own_eurosat, r
     path = split["test"][1][0]  # the second process's
     (own_eurosat / "eurosat/2750" / path).write_bytes(b"half an image")
     flags = "--dataset", "eurosat", "--data", own_eurosat, "--clip", random_clip_file
-    process = torchrun(2, *flags, "--shots", 1)
+    process = torchrun(2, *flags, "--shots", 1, "--out", own_eurosat.parent / "run")
     _, error = process.communicate(timeout=100)
     assert process.returncode != 0
     assert error.count("cannot read the image") == 1 and path in error
