@@ -47,6 +47,10 @@ CASES = {
         plain.MOCOOP
         | {"groups": OTHER_GROUPS, "views": 1, "epochs": 3, "per_template": True, "stop": True},
     ),
+    "groups found": (
+        "--groups auto --n-groups 3 --classes base --shots 1 --seed 3 --views 1 --epochs 2",
+        plain.MOCOOP | {"groups": None, "views": 1, "epochs": 2},
+    ),
     "frozen router": (
         "--router frozen --shots 1 --seed 4 --views 2 --epochs 3 --text-weight 0 --top-k 1",
         plain.MOCOOP
@@ -274,6 +278,8 @@ def test_a_run_is_the_one_computed_apart(
     start(train, command)
     printed = capsys.readouterr().out
 
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    s = s | {"groups": s["groups"] or checkpoint["groups"]}
     given = dict(re.findall(r"--([\w-]+) (\w[\w.-]*)", flags))
     seed, shots = int(given["seed"]), int(given["shots"])
     task = Task(data_root, given.get("classes", "all"), shots, seed)
@@ -282,7 +288,6 @@ def test_a_run_is_the_one_computed_apart(
     labels = torch.tensor([label for _, label in task.train])
     model, told = plain.train(clip_model, s, seed, task.every_name, task.seen, load, labels)
 
-    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     expected = ours_by_name(model, clip_model, s["side"])
     assert checkpoint["model"].keys() == expected.keys()
     for key, value in expected.items():

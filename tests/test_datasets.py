@@ -19,7 +19,11 @@ import eval
 from data import few_shot, full_dataset, load_split, select_classes
 from lib import fetch
 from lib.catalogue import DATASETS, Row, template_groups
+from lib.clip_model import load_clip
 from lib.errors import BadInput
+from lib.images import image_features
+from lib.metrics import accuracy
+from prompts import template_features
 
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
@@ -356,11 +360,21 @@ def test_two_folders_with_one_class_name_are_refused(tmp_path):
             load_split(str(folder), "")
 
 
-def test_a_folder_never_takes_a_datasets_place(tmp_path, monkeypatch):
-    make_folder(tmp_path / "eurosat", ["cat", "dog"])
+def test_a_folder_never_takes_a_datasets_place(tmp_path, monkeypatch, run_train, random_clip_file):
+    make_folder(tmp_path / "eurosat", ["cat", "dog", "fox", "owl"], 30)
     monkeypatch.chdir(tmp_path)
     assert full_dataset("eurosat") == "eurosat"
     assert full_dataset("./eurosat") == str(tmp_path / "eurosat")
+    flags = f"--method zeroshot --dataset ./eurosat --shots 1 --clip {random_clip_file}"
+    result = run_train(flags)
+    split = load_split(str(tmp_path / "eurosat"), "")
+    clip_model, fingerprint = load_clip(random_clip_file, "cpu")
+    f = image_features(clip_model, fingerprint, split, split.test)
+    accuracies = []
+    for template in ("a photo of a {}.", "a centered satellite photo of {}."):
+        (texts,) = template_features(clip_model, [template], split.class_names)
+        accuracies.append(accuracy((f @ texts.T).argmax(-1), split.labels(split.test)))
+    assert result["accuracy"] == accuracies[0] != accuracies[1]
 
 
 def test_a_linear_probe_needs_validation_images(tmp_path, run_train, random_clip_file):

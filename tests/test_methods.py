@@ -293,6 +293,9 @@ def test_silhouette_by_hand():
     # a: 2, 2, 4, 4; b: mean of 10 and 14, of 8 and 12, of 10 and 8, of 14 and 12
     expected = (10 / 12 + 8 / 10 + 5 / 9 + 9 / 13) / 4
     assert math.isclose(grouping.silhouette(distance, [[0, 1], [2, 3]]), expected, rel_tol=1e-6)
+    # The third is alone and counts 0; a of the others: 8, 7, 13; b: 10, 8, 4
+    expected = ((10 - 8) / 10 + (8 - 7) / 8 + (4 - 13) / 13) / 4
+    assert math.isclose(grouping.silhouette(distance, [[0, 1, 3], [2]]), expected, rel_tol=1e-6)
 
 
 def test_groups_are_found_where_there_are_some(capsys):

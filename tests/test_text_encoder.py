@@ -190,6 +190,10 @@ def test_processes_have_every_sentence_once(random_clip, monkeypatch, world, chu
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         prompts.set_classes(random_clip, NAMES, chunk)
         found += [n for batch in prompts.sentences.batches for n in batch.sentence.tolist()]
+        with monkeypatch.context() as patch:  # one without a sentence waits for the others, too
+            patch.setattr(processes, "sum_over_processes", lambda x: x)
+            patch.setattr(processes, "sum_gradients", lambda x: x)
+            assert prompts.text_features(random_clip).requires_grad
     assert sorted(found) == list(range(whole.shape[0] * len(NAMES)))
 
 
