@@ -118,6 +118,11 @@ def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
     first, *vectors = lines[: lines.index("a photo of a {}.")]
     assert status == 0 and first == "a centered satellite photo of {}."
     assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
+    behind = "--init", "{} of a nice kind", "--out", out / "b"
+    run_train(f"{small} --shots 1 --epochs 1 --one-group", *behind)
+    _, lines, _ = run_eval(out / "b", "--words")
+    words = [line.split()[:2] for line in lines[1:]]
+    assert words == [["v1", "of"], ["v2", "a"], ["v3", "nice"], ["v4", "kind"]]
 
 
 def test_a_run_whose_files_have_moved_is_told_where_they_are(

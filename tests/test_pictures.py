@@ -222,6 +222,7 @@ def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_
     sheet = [axes for axes in figures["samples_shapes_a_new.png"].axes if axes.images]
     images = [Image.fromarray(np.asarray(axes.images[0].get_array())) for axes in sheet]
     assert len({image.tobytes() for image in images}) == 16
+    assert len({items[image.tobytes()].label for image in images}) > 4  # from everywhere
     names, probabilities, weights = run.classify(images, split.class_names)
     wrong = 0
     for axes, image, p, w in zip(sheet, images, probabilities, weights):
