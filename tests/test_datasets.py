@@ -116,6 +116,7 @@ def test_every_layout_loads_and_runs(dataset, tmp_path, run_train, random_clip_f
     flags = f"--dataset {trained_on} --shots 1 --epochs 1 --views 1 --data {root}"
     result = run_train(flags, "--clip", random_clip_file)
     assert (result["n_train"], result["n_test"]) == (5, 10)
+    assert (result["val_accuracy"] is None) == (trained_on == "imagenet")  # it has no val images
     assert result["few_shot_samples"] == ("own" if trained_on == "imagenet" else "coop")
     if dataset in VARIANTS:
         elsewhere = eval.evaluate(tmp_path / "run", dataset=dataset)
