@@ -90,19 +90,19 @@ def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file,
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, said",
     [
-        "",
-        "run --table out",
-        "--table nowhere",
-        "nowhere",
-        "--table . --words",
+        ("", "name a RUN, or --table DIR, or --plots DIR"),
+        ("run --table out", "name a RUN, or --table DIR, or --plots DIR"),
+        ("--table nowhere", "there is no folder nowhere"),
+        ("nowhere", "nowhere holds no finished run"),
+        ("--table . --words", "--words means nothing here"),
     ],
 )
-def test_bad_input_gets_one_line(flags, tmp_path, monkeypatch, run_eval):
+def test_bad_input_gets_one_line(flags, said, tmp_path, monkeypatch, run_eval):
     monkeypatch.chdir(tmp_path)
     status, _, errors = run_eval(*flags.split())
-    assert status == 2 and len(errors) == 1
+    assert status == 2 and len(errors) == 1 and said in errors[0]
 
 
 def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
