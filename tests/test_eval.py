@@ -10,6 +10,7 @@ import torch
 from conftest import draw_image
 
 import eval
+from lib import pictures
 from lib.errors import BadInput
 
 
@@ -118,11 +119,26 @@ def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
     first, *vectors = lines[: lines.index("a photo of a {}.")]
     assert status == 0 and first == "a centered satellite photo of {}."
     assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
-    behind = "--init", "{} of a nice kind", "--out", out / "b"
+    behind = "--init", "a {} of a nice kind", "--out", out / "b"
     run_train(f"{small} --shots 1 --epochs 1 --one-group", *behind)
     _, lines, _ = run_eval(out / "b", "--words")
     words = [line.split()[:2] for line in lines[1:]]
-    assert words == [["v1", "of"], ["v2", "a"], ["v3", "nice"], ["v4", "kind"]]
+    assert words == [["v1", "a"], ["v2", "of"], ["v3", "a"], ["v4", "nice"], ["v5", "kind"]]
+
+
+def test_pictures_go_where_the_runs_are(run_train, small, tmp_path, run_eval, monkeypatch):
+    run_train(f"{small} --shots 1 --epochs 1 --out", tmp_path / "out/a")
+    monkeypatch.setattr(
+        pictures, "draw_pictures", lambda runs, folder: (folder / "x.png").touch() or ["x.png"]
+    )
+    status, lines, _ = run_eval("--plots", tmp_path / "out")
+    assert (status, lines) == (0, [f"saved in {tmp_path / 'out'}: x.png"])
+    assert (tmp_path / "out/x.png").exists()
+
+
+def test_every_prompt_with_a_weight_is_told():
+    weights = torch.tensor([0.04, 0.0, 0.95, 0.01])
+    assert eval.used_prompts(weights, ["a", "b", "c", "d"]) == ["95% c", "4% a", "1% d"]
 
 
 def test_a_run_whose_files_have_moved_is_told_where_they_are(

@@ -211,7 +211,10 @@ def test_pictures_are_files_and_nothing_is_drawn_of_nothing(run_train, tmp_path)
 def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_path):
     """Of a hard test set, where some answers are wrong."""
     run_train("--shots 1 --epochs 1")
-    result = eval.evaluate(tmp_path / "run", dataset="shapes_a", classes="new")
+    sheets = []
+    for _ in range(2):
+        result = eval.evaluate(tmp_path / "run", dataset="shapes_a", classes="new")
+        sheets.append(figures["samples_shapes_a_new.png"])
     rows, columns, cells = heat_map(figures["eval_shapes_a_new.png"])
     assert (rows, columns) == (list(world.STYLES), list(result["prompt_usage"]))
     assert np.allclose(cells, 100 * np.array(result["router"]["share"]), atol=0.51)
@@ -219,7 +222,9 @@ def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_
     run = eval.load_run(tmp_path / "run")
     split = select_classes(load_split("shapes_a", "nowhere"), "new")
     items = {split.open(item.path).tobytes(): item for item in split.test}
-    sheet = [axes for axes in figures["samples_shapes_a_new.png"].axes if axes.images]
+    sheet, again = ([axes for axes in figure.axes if axes.images] for figure in sheets)
+    for one, other in zip(sheet, again, strict=True):
+        assert np.array_equal(one.images[0].get_array(), other.images[0].get_array())
     images = [Image.fromarray(np.asarray(axes.images[0].get_array())) for axes in sheet]
     assert len({image.tobytes() for image in images}) == 16
     assert len({items[image.tobytes()].label for image in images}) > 4  # from everywhere

@@ -82,6 +82,16 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         processes.choose_device("cuda:0")
 
 
+def test_the_others_wait_for_the_first_ones_download(monkeypatch):
+    joined = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, timeout: joined.append(timeout)
+    )
+    processes.join(torch.device("cpu"))
+    assert joined[0].total_seconds() >= 6 * 3600
+
+
 def test_an_older_gpu_computes_in_fp16(monkeypatch):
     for bf16 in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)  # noqa: B023

@@ -157,6 +157,7 @@ def test_a_run_is_named_after_what_it_is():
     )
     assert folder_of("--top-k", "2") == folder_of()  # the preset's own value
     assert folder_of("--out", "here") == "here"
+    assert folder_of("--batch-size", "64") == "out/shapes/mocoop-batch_size64_16shot_all_seed1"
     real = folder_of("--dataset", "eurosat", "--clip", "ViT-L/14")
     assert real == "out/eurosat/mocoop-clipViT-L-14_16shot_all_seed1"
     init = folder_of("--method", "coop", "--init", "a painting of {}.")
