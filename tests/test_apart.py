@@ -406,14 +406,21 @@ def test_a_linear_probe_is_the_one_computed_apart(
         run.classify([Image.open(photo)], task.names[::-1])
 
 
-@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
+@pytest.mark.parametrize(
+    "flags, groups",
+    [
+        ("zeroshot", [[ZERO_SHOT]]),
+        ("ensemble", plain.EUROSAT),
+        ("ensemble --groups groups.txt", OTHER_GROUPS),
+    ],
+)
 def test_clip_as_it_is_is_the_one_computed_apart(
-    method, start, data_root, random_clip, random_clip_file, tmp_path
+    flags, groups, start, data_root, random_clip, random_clip_file, tmp_path
 ):
+    (tmp_path / "groups.txt").write_text("\n\n".join("\n".join(g) for g in OTHER_GROUPS))
     files = f"--dataset eurosat --data {data_root} --clip {random_clip_file}"
-    start(train, f"{files} --classes base --method {method} --shots 1 --out run")
-    groups = {"zeroshot": [[ZERO_SHOT]], "ensemble": plain.EUROSAT}[method]
-    other_groups = {"zeroshot": [["a photo of a {}."]], "ensemble": plain.SUN397}[method]
+    start(train, f"{files} --classes base --method {flags} --shots 1 --out run")
+    other_groups = [["a photo of a {}."]] if flags == "zeroshot" else plain.SUN397
     pets = Pets(tmp_path / "pets")
     start(eval, "run --dataset pets")
     for task, templates, file in (
