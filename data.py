@@ -3,7 +3,8 @@
 A dataset is one of three things:
 
 - a row of lib/catalogue.py and a folder in the layout of CoOp's DATASETS.md, so the data folder
-  that the field's repositories share works as it is; what is absent is downloaded, where it can be:
+  that the field's repositories share works as it is. One that is absent is downloaded, except
+  ImageNet:
 
       data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
       data/eurosat/split_zhou_EuroSAT.json
@@ -23,11 +24,20 @@ from typing import NamedTuple
 
 import torch
 
-from lib import processes, readers, world
-from lib.catalogue import DATASETS
-from lib.errors import BadInput, nearest
-from lib.files import read_lines
-from lib.readers import PARTS, class_folders, image_files, open_photo, readable
+from lib import readers, world
+from lib.catalogue import DATASETS, archive_url
+from lib.download import fetch_dataset
+from lib.photos import open_photo
+from lib.readers import PARTS, class_folders, image_files, readable
+from lib.runs import BadInput, nearest
+
+# Where to find what is not downloaded.
+DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
+CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # its link
+IMAGENET = (
+    "images/train/<synset>/*.JPEG and images/val/<synset>/*.JPEG from https://image-net.org, and"
+    f" classnames.txt from {CLASS_NAMES}"
+)
 
 
 class Item(NamedTuple):
@@ -64,12 +74,6 @@ class Split:
             return world.draw_path(self.dataset, path)
         return open_photo(self.folder / path, as_coop=self.source == "coop")
 
-    def identity(self, path):
-        """What `open(path)` depends on beside the bytes of a file, as a string."""
-        if self.folder is None:
-            return f"{self.dataset}/{path}|{world.SOURCE_HASH}"
-        return f"{path}|{self.source == 'coop'}"
-
     @property
     def kinds(self):
         """How router pictures group the test images: by style in the built-in world, else by class.
@@ -78,10 +82,6 @@ class Split:
             names = list(world.DATASETS[self.dataset])
             return [names.index(world.style_of(item.path)) for item in self.test], names
         return [item.label for item in self.test], self.class_names
-
-    def views(self, n):
-        """How many augmented views to take of a training image: n, or None for a drawn one."""
-        return None if self.folder is None else n
 
 
 def full_dataset(dataset):
@@ -129,7 +129,7 @@ def few_shot_split(config):
 
     Raises BadInput as `load_split` does, and for a dataset that can only be tested on.
     """
-    whole = processes.first(lambda: load_split(config["dataset"], config["data"]))
+    whole = load_split(config["dataset"], config["data"])
     if not whole.train:
         where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
         raise BadInput(
@@ -170,41 +170,47 @@ def load_split(dataset, root):
     Raises BadInput for an unknown dataset, files that are missing and cannot be downloaded, a split
     file that is not one, a split that names images that are not there, a class without images.
     """
-    if dataset not in DATASETS:
-        if os.path.isdir(dataset):
-            return _check(_own_folder(dataset))
-        raise BadInput(
-            f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}: neither a folder nor one of"
-            f" {', '.join(DATASETS)}"
-        )
-    row = DATASETS[dataset]
-    folder = Path(root) / row.folder
-    if row.layout == "world":
+    if dataset in world.DATASETS:
         return _split(dataset, None, "shapes", world.class_names(dataset), world.lists(dataset))
-    if not (folder / row.images).is_dir():
-        if not row.archive:
-            origin = row.origin or "the images (its row in lib/catalogue.py names no origin)"
-            raise BadInput(
-                f"no images at {folder / row.images}, and {dataset} cannot be downloaded:"
-                f" put there {origin}"
-            )
-        from lib.fetch import fetch_images  # here: its libraries take a second to import
+    if dataset in DATASETS:
+        return _known_dataset(dataset, Path(root))
+    if os.path.isdir(dataset):
+        return _own_folder(dataset)
+    raise BadInput(
+        f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}: neither a folder nor one of"
+        f" {', '.join(DATASETS)}"
+    )
 
-        fetch_images(*row.archive, folder / row.images)
-    if row.layout == "aircraft":
+
+def _split(dataset, folder, source, class_names, lists):
+    """A `Split` of the lists that a reader returns."""
+    items = {part: [Item(*entry) for entry in lists[part]] for part in PARTS}
+    return Split(dataset, folder, source, class_names, **items)
+
+
+def _known_dataset(dataset, root):
+    """A row of the catalogue: downloaded if absent, then read from its lists or class folders."""
+    row = DATASETS[dataset]
+    folder = root / row.folder
+    if row.archive:
+        if not ((folder / row.images).is_dir() or row.split or _lists(row, folder).is_file()):
+            print(f"no {_lists(row, folder)}: if the archive has none, see {DATASETS_MD},")
+            print(f"  which links to {CLASS_NAMES}")
+        fetch_dataset(archive_url(row), folder, (row.images, row.split), row.sha256)
+    lists = _lists(row, folder)
+    for path in (folder / row.images, lists):
+        if not path.exists():
+            found = sorted(os.listdir(folder))[:5] if folder.is_dir() else []
+            expected = IMAGENET if dataset == "imagenet" else f"the layout of {DATASETS_MD}"
+            raise BadInput(
+                f"no {path} ({folder} holds {', '.join(found) or 'nothing'}): expected {expected}"
+            )
+    if row.layout == "split":
+        read = readers.read_split_file(lists, row.images)
+    elif row.layout == "aircraft":
         read = readers.read_aircraft(folder, row.images)
-    elif row.layout == "split":
-        try:
-            read = _read_or_fetch_split(row, folder)
-        except BadInput as error:
-            if row.folder_names is None or (folder / row.split).is_file():
-                raise
-            print(f"{error}\n  until then a seeded 50/20/30 split stands in: the numbers are")
-            print("  NOT comparable with the field's")
-            return _check(_seeded_split(dataset, folder, row.images, row.folder_names))
     else:
-        names_file = _class_names_file(folder)
-        read = readers.read_imagenet(folder, row.images, row.layout, names_file)
+        read = readers.read_imagenet(folder, row.images, row.layout, lists)
     split = _check(_split(dataset, folder, "coop", *read))
     _check_files(split)
     counts = tuple(len(getattr(split, part)) for part in PARTS)
@@ -217,46 +223,12 @@ def load_split(dataset, root):
     return split
 
 
-def _split(dataset, folder, source, class_names, lists):
-    """A `Split` of the lists that a reader returns."""
-    items = {part: [Item(*entry) for entry in lists[part]] for part in PARTS}
-    return Split(dataset, folder, source, class_names, **items)
-
-
-def _read_or_fetch_split(row, folder):
-    """The lists of the field's split file, which is downloaded from Google Drive if absent."""
-
-    def check(file):
-        _, lists = readers.read_split_file(file, row.images)
-        counts = tuple(len(lists[part]) for part in PARTS)
-        if row.counts and counts != row.counts:
-            raise BadInput(f"it lists {counts} images instead of {row.counts}")
-
-    if not (folder / row.split).is_file():
-        if not row.drive_id:
-            raise BadInput(f"no split file {folder / row.split}, and none to download")
-        from lib.fetch import fetch_file
-
-        fetch_file(row.drive_id, folder / row.split, check)
-    return readers.read_split_file(folder / row.split, row.images)
-
-
-def _class_names_file(folder):
-    """classnames.txt for an ImageNet variant: its own, or ImageNet's, downloaded if absent."""
-    imagenet = DATASETS["imagenet"]
-    shared = folder.parent / imagenet.folder / "classnames.txt"
-
-    def check(file):
-        if len(read_lines(file)) != 1000:
-            raise BadInput(f"it has {len(read_lines(file))} lines instead of 1000")
-
-    if (folder / "classnames.txt").is_file():
-        return folder / "classnames.txt"
-    if not shared.is_file():
-        from lib.fetch import fetch_file
-
-        fetch_file(imagenet.drive_id, shared, check)
-    return shared
+def _lists(row, folder):
+    """The file that says what the images are: the split file. For ImageNet and its variants it is
+    classnames.txt, a variant's own if there is one, else ImageNet's."""
+    own = folder / (row.split or "classnames.txt")
+    shared = folder.parent / DATASETS["imagenet"].folder / own.name
+    return own if row.split or own.is_file() else shared
 
 
 def _own_folder(dataset):
@@ -264,32 +236,31 @@ def _own_folder(dataset):
     folder = Path(dataset)
     given = [part for part in PARTS if (folder / part).is_dir()]
     if not given:
-        return _seeded_split(dataset, folder, "", {})
+        return _check(_seeded_split(dataset, folder))
     if "train" not in given or "test" not in given:
         raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
     classes = sorted({name for part in given for name in class_folders(folder / part)})
     lists = {part: image_files(folder, part, classes) for part in PARTS}
-    return _split(dataset, folder, "folder", [readable(name) for name in classes], lists)
+    names = [readable(name) for name in classes]
+    return _check(_split(dataset, folder, "folder", names, lists))
 
 
-def _seeded_split(dataset, folder, images, folder_names):
+def _seeded_split(dataset, folder):
     """A split of our own from one folder per class: 50% train, 20% val, 30% test of each.
 
     Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
-    folder_names: as in the catalogue.
     """
     lists = {part: [] for part in PARTS}
-    names = {name: folder_names.get(name, name) for name in class_folders(folder / images)}
-    classes = [name for name, shown in names.items() if shown is not None]
+    classes = class_folders(folder)
     for label, name in enumerate(classes):
-        items = [(path, label) for path, _ in image_files(folder, images, [name])]
+        items = [(path, label) for path, _ in image_files(folder, "", [name])]
         random.Random(0).shuffle(items)
         n_train = round(0.5 * len(items))
         n_val = min(round(0.2 * len(items)), len(items) - n_train - 1)  # of three, one is for test
         lists["train"] += items[:n_train]
         lists["val"] += items[n_train : n_train + n_val]
         lists["test"] += items[n_train + n_val :]
-    return _split(dataset, folder, "seeded", [readable(names[name]) for name in classes], lists)
+    return _split(dataset, folder, "seeded", [readable(name) for name in classes], lists)
 
 
 def _check(split):

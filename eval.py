@@ -20,23 +20,31 @@ from typing import NamedTuple
 import torch
 
 from data import dataset_name, full_dataset, load_split, select_classes
-from lib.catalogue import template_groups
+from lib import report
+from lib.baselines import ClassVectors
+from lib.catalogue import all_templates, template_groups
 from lib.clip_model import load_clip
-from lib.errors import BadInput, exit_on_bad_input
-from lib.files import read_torch_file
-from lib.flags import Parser
-from lib.image_encoder import attach
-from lib.images import image_features, photo_features
-from lib.photos import check_outputs, find_photos, open_photos, read_names, write_csv
-from lib.probe import ClassVectors
-from lib.processes import choose_device
-from lib.readers import thumbnail
-from lib.runs import find_runs, read_result, save_json
-from lib.tables import runs_table
-from lib.templates import all_templates
-from lib.tokens import known_tokens, words_of
-from prompts import template_features, untrained_classifiers
-from train import accuracy_on, examine, learns_images, make_model
+from lib.features import attach, image_features, photo_features
+from lib.parallel import choose_device
+from lib.photos import check_output, find_photos, open_photos, read_names, write_csv
+from lib.runs import (
+    BadInput,
+    Parser,
+    exit_on_bad_input,
+    find_runs,
+    read_result,
+    read_torch_file,
+    save_json,
+)
+from prompts import PromptError, known_tokens, template_features, words_of
+from train import (
+    BASELINES,
+    default_config,
+    learns_images,
+    make_model,
+    text_encoder_of,
+    zero_shot_and_ensemble,
+)
 
 # ------------------------------------------------------------------------------ one run, anywhere
 
@@ -44,30 +52,36 @@ from train import accuracy_on, examine, learns_images, make_model
 class Run(NamedTuple):
     """A trained run, ready to be used: see the README on your own photos."""
 
-    config: dict  # every flag
+    config: dict  # every setting
     groups: list  # of templates, one prompt each
-    class_names: list  # that it was trained on
-    model: torch.nn.Module  # model.predict(class_names, image_features) -> labels, prompt weights
+    class_names: list  # those with images in training
+    model: torch.nn.Module  # model.logits(image_features, class_names) -> logits, prompt weights
     clip_model: torch.nn.Module
     fingerprint: str  # of the CLIP's weights
 
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list, or what `photo_features` gives for it. class_names: of one's own; None for
-        those of the training. Probabilities are the softmax of the method's logits; a weight
-        belongs to the prompt of `model.templates` at its place.
+        images: a list, or what `photo_features` gives for it. class_names: your own; None for those
+        of the training. Probabilities are the softmax of the method's logits; a weight belongs to
+        the prompt of `model.templates` at its place.
         Raises BadInput if the method cannot answer with these classes.
         """
         names = self.class_names if class_names is None else list(class_names)
-        model, kind = self.model, self.config["classifier"]
-        if kind in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
-            hard_features = template_features(self.clip_model, all_templates(self.groups), names)
-            dataset = self.config["dataset"]
-            model = untrained_classifiers(self.clip_model, dataset, names, hard_features)[kind]
+        model, method = self.model, self.config["method"]
+        if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
+            model = self.untrained(self.config["dataset"], self.groups, names)[method]
         features = images if torch.is_tensor(images) else self.photo_features(images)
-        logits, weights = (torch.cat(part) for part in zip(*model.logits(names, features)))
+        logits, weights = model.logits(features, names)
         return names, logits.softmax(dim=-1).cpu(), weights.cpu()
+
+    def untrained(self, dataset, groups, class_names):
+        """`zero_shot_and_ensemble` with a dataset's own template, these groups and names."""
+        text_encoder = text_encoder_of(self.config)
+        templates = all_templates(groups)
+        features = template_features(self.clip_model, templates, class_names, text_encoder)
+        task = dataset, class_names, features, text_encoder
+        return zero_shot_and_ensemble(self.clip_model, *task)
 
     def photo_features(self, images):
         """Features (N, D) of PIL images, as the method takes them."""
@@ -76,7 +90,7 @@ class Run(NamedTuple):
     @property
     def takes_raw(self):
         """A linear probe takes features that are not normalised."""
-        return self.config["classifier"] == "linear"
+        return self.config["method"] == "linear"
 
 
 def load_run(folder, clip=None, device=None):
@@ -91,13 +105,14 @@ def load_run(folder, clip=None, device=None):
             raise BadInput(f"{folder} holds no finished run (no {name})")
     checkpoint = read_torch_file(folder / "checkpoint.pt", "checkpoint of a run")
     try:
-        config, groups = checkpoint["config"], checkpoint["groups"]
+        stored, groups = checkpoint["config"], checkpoint["groups"]
         state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
         class_names = checkpoint["class_names"]
-        for flag in ("clip", "classifier", "dataset", "classes", "data", "image_side"):
-            config[flag]
+        task = {key: stored[key] for key in ("method", "dataset", "shots", "classes")}
+        stored["clip"], stored["data"]
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} lacks {error}") from error
+    config = default_config(**task) | stored  # a setting younger than the run has its default
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
         raise BadInput(
@@ -105,12 +120,13 @@ def load_run(folder, clip=None, device=None):
             f" (weights {fingerprint[:8]}..., not {found[:8]}...): name it with --clip"
         )
     try:
-        if config["classifier"] == "prompts":
-            model = make_model(clip_model, groups, config)
-        else:
+        if config["method"] in BASELINES:
             model = ClassVectors(class_names, torch.empty_like(state["weight"]))
+        else:
+            prompt_names = checkpoint.get("prompt_names", class_names)
+            model = make_model(clip_model, groups, prompt_names, config)
         model.load_state_dict(state)
-        if config["classifier"] == "prompts":
+        if config["method"] not in BASELINES:
             attach(clip_model, model.image_side)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
@@ -133,34 +149,33 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     what = f"test images of {dataset}, {classes} classes"
 
     # Zero-shot and ensemble: CLIP as it was, with the target's templates.
-    untrained = clip_model
+    untrained_clip = clip_model
     learned = learns_images(config)
     if learned:
-        untrained, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
-    plain = image_features(untrained, fingerprint, split, split.test, what=what)
+        untrained_clip, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
+    plain = image_features(untrained_clip, fingerprint, split, split.test, what=what)
     target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
-    hard_features = template_features(clip_model, all_templates(target_groups), split.class_names)
-    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, hard_features)
+    untrained = run.untrained(dataset, target_groups, split.class_names)
     zero_shot, ensemble = (
-        accuracy_on(probe, split, split.test, plain) for probe in probes.values()
+        report.accuracy_on(m, split, split.test, plain) for m in untrained.values()
     )
 
     features = plain
     if learned or run.takes_raw:
         options = {"cached": not learned, "raw": run.takes_raw}
         features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
-    model = probes.get(config["classifier"], model)  # zeroshot, ensemble: of the target's classes
+    model = untrained.get(config["method"], model)  # zeroshot, ensemble: of the target's classes
     changed = its_result["changed_flags"]
-    measured, predictions, weights = examine(model, config, changed, split, classes, features)
+    measured, predictions, weights = report.evaluate_model(
+        model, config, changed, split, classes, features
+    )
     result = its_result | measured
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
     name = f"{split.name}_{classes}"
     save_json(result, folder / f"eval_{name}.json")
     draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
     if model.templates:
-        from lib.pictures import router_picture
-
-        router_picture(result, folder / f"eval_{name}.png")
+        report.router_picture(result, folder / f"eval_{name}.png")
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
@@ -174,15 +189,13 @@ def draw_samples(split, predictions, weights, templates, path):
 
     predictions (N,) and weights (N, G) of all test images.
     """
-    from lib.pictures import samples_picture  # here: --help need not wait for matplotlib
-
     some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
     titles = []
     for i in some:
         truth, answer = split.class_names[split.test[i].label], split.class_names[predictions[i]]
         verdict = truth if truth == answer else f"{truth},\ntaken for {answer}"
         titles.append(("\n".join([verdict, *used_prompts(weights[i], templates)]), truth == answer))
-    samples_picture([split.open(split.test[i].path) for i in some], titles, path)
+    report.samples_picture([split.open(split.test[i].path) for i in some], titles, path)
 
 
 def used_prompts(weights, templates):
@@ -199,7 +212,7 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
     Raises BadInput for a run without prompts.
     """
     run = load_run(folder, clip, device)
-    if run.config["classifier"] != "prompts":
+    if run.config["method"] in BASELINES:
         raise BadInput(f"{folder} is a run of {run.config['method']}: it has no prompts")
     embeddings = run.clip_model.token_embedding.weight
     known = torch.tensor(sorted(known_tokens(run.clip_model)), device=embeddings.device)
@@ -219,21 +232,22 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
 # ------------------------------------------------------------------------------- your own photos
 
 
-def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=None, device=None):
+def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=None):
     """Prints for each photo the three best classes with their probabilities, and its prompts.
 
-    names: class names of one's own, separated by commas, or a file with one per line. csv_file,
-    sheet: where to write a table and a picture. Unreadable photos are named on standard error.
+    names: your own class names, separated by commas, or a file with one per line. csv_file: where
+    to write the same as a table. Unreadable photos are named on standard error.
     Returns how many there were. Raises BadInput if none can be read.
     """
     files = find_photos(paths)
-    check_outputs(folder, [*files, *([names] if names else [])], csv_file, sheet)
+    if csv_file:
+        check_output(csv_file, folder, files if names is None else [*files, names])
     names = None if names is None else read_names(names)
     run = load_run(folder, clip, device)
     photos, features, rows = [], [], []
-    for some, images in open_photos(files):
-        photos += some
-        features.append(run.photo_features(images))
+    for photo, image in open_photos(files):
+        photos.append(photo)
+        features.append(run.photo_features([image]))
     if not photos:
         raise BadInput(f"none of {len(files)} images could be read")
     class_names, probabilities, weights = run.classify(torch.cat(features), names)
@@ -243,19 +257,9 @@ def classify_photos(folder, paths, names=None, csv_file=None, sheet=None, clip=N
         prompts = used_prompts(w, run.model.templates)
         said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
         print(f"{photo}: {said}" + (f"  [{' | '.join(prompts)}]" if prompts else ""))
-        rows.append((photo, answers, w.tolist(), prompts))
+        rows.append((photo, answers, w.tolist()))
     if csv_file:
         write_csv(csv_file, rows, run.model.templates)
-    if sheet:
-        from lib.pictures import samples_picture
-
-        if len(rows) > 100:
-            print(f"{sheet} shows the first 100 of {len(rows):,} photos")
-        shown = rows[:100]
-        titles = [
-            ("\n".join([f"{a[0][0]} {100 * a[0][1]:.0f}%", *p]), True) for _, a, _, p in shown
-        ]
-        samples_picture([thumbnail(photo) for photo, *_ in shown], titles, sheet)
     return len(files) - len(rows)
 
 
@@ -270,9 +274,7 @@ def print_words(folder, clip, device):
 
 
 def print_pictures(folder):
-    from lib.pictures import draw_pictures
-
-    drawn = draw_pictures(find_runs(folder), folder)
+    drawn = report.draw_pictures(find_runs(folder), folder)
     if not drawn:
         raise BadInput(
             f"nothing to draw below {folder}: curves need a method's own settings at several"
@@ -293,38 +295,35 @@ def run_command_line():
     add("--images", nargs="+", metavar="PATH", help="photos, folders of photos, or patterns")
     add("--names", help="class names for --images: separated by commas, or a file, one per line")
     add("--csv", type=Path, metavar="FILE", help="writes what --images prints as a table")
-    add("--sheet", type=Path, metavar="FILE", help="draws the photos with their answers, a PNG")
     add("--words", action="store_true", help="the words nearest to the prompts")
     add("--table", type=Path, metavar="DIR", help="all runs below DIR, in Markdown")
     add("--plots", type=Path, metavar="DIR", help="the same as pictures, into DIR")
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    unread = (
-        {"names", "csv", "sheet"} if not args.images else {"dataset", "classes", "data", "words"}
-    )
+    no_effect = {"dataset", "classes", "data", "words"} if args.images else {"names", "csv"}
     if args.words:
-        unread |= {"dataset", "classes", "data", "images"}
+        no_effect |= {"dataset", "classes", "data", "images"}
     if args.run is None:
-        unread = vars(args).keys() - {"run", "table", "plots"}
-    for flag in sorted(unread):
-        if getattr(args, flag):
-            parser.error(f"--{flag} means nothing here")
+        no_effect = vars(args).keys() - {"run", "table", "plots"}
+    for name in sorted(no_effect):
+        if getattr(args, name):
+            parser.error(f"--{name} has no effect here")
     if args.table:
-        print(runs_table(find_runs(args.table)))
+        print(report.runs_table(find_runs(args.table)))
     elif args.plots:
         print_pictures(args.plots)
     elif args.words:
         print_words(args.run, args.clip, args.device)
     elif args.images:
-        how = args.names, args.csv, args.sheet, args.clip, args.device
+        how = args.names, args.csv, args.clip, args.device
         sys.exit(1 if classify_photos(args.run, args.images, *how) else 0)
     else:
         evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
 
 
 def main():
-    exit_on_bad_input(run_command_line)
+    exit_on_bad_input(run_command_line, PromptError)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The three losses. total = image + gate_weight * gate + text_weight * text, weights 1 and 5.
 
-Letters in shapes: B images, C classes, G prompts, D feature width.
+Letters in shapes: B images, C classes, G prompts, T templates, D feature width.
 """
 
 import torch
 import torch.nn.functional as F
-
-NUMBERS_AT_ONCE = 2**24  # similarities that the text loss computes at a time: 64 MB
 
 
 def image_loss(logits, labels):
@@ -32,17 +30,22 @@ def text_loss(text_features, prototypes, scale=1.0):
     always gets a gradient, and t = p is not yet the minimum, as pushing classes further apart
     lowers the loss. LASP, where the idea comes from, uses CLIP's 100.
 
-    When training sees base classes only, C is still *all* class names: names cost no images, and
-    this is meant to keep the new classes in place. text_features and prototypes (G, C, D); with
-    more dimensions in front, averaged over these as well.
+    When training sees images of base classes only, C is still *all* class names: names cost no
+    images, and this is meant to keep the new classes in place. text_features and prototypes
+    (G, C, D); text features with more dimensions in front are averaged over these as well.
     """
-    n_classes, width = prototypes.shape[-2:]
-    prototypes = prototypes.expand_as(text_features).reshape(-1, n_classes, width)
-    text_features = text_features.reshape(-1, n_classes, width)
-    labels, total = torch.arange(n_classes, device=text_features.device), 0
-    # Some groups at a time: 4 groups with 4,000 classes have 64 million similarities.
-    at_once = max(1, NUMBERS_AT_ONCE // n_classes**2)
-    for soft, hard in zip(text_features.split(at_once), prototypes.split(at_once)):
-        logits = (scale * soft @ hard.transpose(-1, -2)).flatten(0, 1)  # (G * C soft, C hard)
-        total = total + F.cross_entropy(logits, labels.repeat(len(soft)), reduction="sum")
-    return total / len(text_features) / n_classes
+    logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)
+    diagonal = torch.arange(logits.shape[-1], device=logits.device)
+    return F.cross_entropy(logits.flatten(0, -2), diagonal.expand(logits.shape[:-1]).flatten())
+
+
+# What `--text-target` chooses from: each is called with text features (G, C, D), `train.HardText`
+# and the scale. "templates" is LASP's: each soft prompt against every template of its group.
+TEXT_LOSSES = {
+    "prototypes": lambda text_features, hard, scale: text_loss(
+        text_features, hard.prototypes, scale
+    ),
+    "templates": lambda text_features, hard, scale: text_loss(
+        text_features.index_select(-3, hard.prompt_of), hard.features, scale
+    ),
+}

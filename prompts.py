@@ -1,7 +1,7 @@
-"""Templates in groups, what they give CLIP as they are, and the soft prompts that start from them.
+"""Prompt learning: sentences whose words have become vectors, and the sentences they start from.
 
 A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
-the same thing about an image form a *group*. The groups of EuroSAT as published, one per line:
+the same thing about an image form a *group*. The published groups of EuroSAT, one per line:
 
     a centered satellite photo of {}.
     a photo of a {}.
@@ -11,51 +11,161 @@ the same thing about an image form a *group*. The groups of EuroSAT as published
         a pixelated photo of the {}. | a pixelated photo of a {}.
     a good photo of the {}. | a good photo of a {}.
 
-Those of all datasets are in lib/catalogue.py. The templates of a group are *hard prompts*: fixed
-text that CLIP reads as it is. Each group gives
+A *hard prompt* is a template as it stands: fixed text that CLIP reads. Each group gives
 
 - one *hard prototype* per class: the mean feature of its templates with that class name, and
-- one *soft prompt*: its first template, whose words, all but the class name, become vectors that
-  training may move.
+- one *soft prompt*: its first template, in which every word but the class name is exchanged for a
+  vector that training may move.
 
-Letters in shapes: G groups = soft prompts, T templates, C classes, V context vectors, W width of
-the text encoder, D width of the joint embedding.
+`TextEncoder` is the one place where that exchange happens.
+Letters in shapes: G groups = soft prompts, T templates, C classes, N sentences, L tokens in a
+sentence, V context vectors, W width of the text encoder, D width of the joint embedding, B images.
 """
 
-from itertools import count
+import functools
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.catalogue import row_of
-from lib.probe import ClassVectors
-from lib.templates import check_template
-from lib.text_encoder import LEARNED, Sentences
-from lib.tokens import EOT, SOS, check_length, check_words, fill_in, known_tokens, token_ids
+
+class PromptError(ValueError):
+    """A template or class name that this CLIP cannot read. The message is one line."""
+
+
+# ---------------------------------------------------------------------------- words and tokens
+
+SOS, EOT = 49406, 49407  # CLIP's start and end of text
+VOCABULARY = 49408  # its number of tokens
+
+
+@functools.cache
+def _tokenizer():
+    from clip.simple_tokenizer import SimpleTokenizer  # here, because the import takes two seconds
+
+    return SimpleTokenizer()
+
+
+def token_ids(text):
+    """CLIP's tokens of a text, without SOS and EOT. Tokens, not words: `close-up` has three."""
+    return _tokenizer().encode(text)
+
+
+def words_of(ids):
+    """The words, or pieces of words, that tokens stand for."""
+    return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
+
+
+def known_tokens(clip_model):
+    """The set of tokens that have an embedding: all of them, except in the bundled CLIP, whose
+    table holds NaN for the words it was not trained on."""
+    known = ~clip_model.token_embedding.weight.isnan().any(dim=1)
+    return set(known.nonzero().flatten().tolist())
+
+
+def check_words(known, ids, text):
+    """Raises PromptError, naming the word, if a token of `text` is not one of the known ones."""
+    if not known.issuperset(ids):
+        words = re.findall(r"[\w'-]+|\S", text)
+        unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
+        raise PromptError(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
+
+
+def check_length(clip_model, ids, text):
+    """Raises PromptError if a sentence has more tokens than this CLIP reads."""
+    if len(ids) > clip_model.context_length:
+        raise PromptError(
+            f"{text!r} is {len(ids)} tokens long, and this CLIP reads {clip_model.context_length}:"
+            " shorten the class name or the template"
+        )
+
+
+def check_template(template):
+    """Returns the template; raises PromptError unless it has exactly one {} for the class name."""
+    if template.count("{}") != 1:
+        raise PromptError(f"the template {template!r} needs one {{}} where the class name goes")
+    return template
+
+
+# ---------------------------------------------------------------------------- the text encoder
+
+
+class TextEncoder:
+    """CLIP's frozen text encoder, reading sentences in which some words are vectors.
+
+    A sentence is a list of ids, SOS first and EOT last: below VOCABULARY an id is a token of CLIP,
+    and VOCABULARY + i stands for row i of the vectors that the call is given:
+
+        a photo of a cat      SOS  v0 v1 v2 v3  cat  EOT       v0 ... v3: context vectors
+
+    This is the method as one would explain it. lib/fast_text.py has the same interface and gives
+    the same numbers; it computes what sentences have in common once.
+    """
+
+    def __init__(self, clip_model, sentences):
+        """sentences: [prompt][class] -> ids."""
+        self.clip_model = clip_model
+        self.shape = len(sentences), len(sentences[0])  # (G, C)
+        device = clip_model.logit_scale.device
+        flat = [ids for prompt in sentences for ids in prompt]
+        length = max(len(ids) for ids in flat)
+        # Attention never looks to the right, so what follows EOT cannot matter. It must be a number
+        # all the same, and EOT is the one token that every CLIP has an embedding of.
+        padded = [[*ids, *[EOT] * (length - len(ids))] for ids in flat]
+        ids = torch.tensor(padded, device=device)  # (N, L)
+        self.learned = torch.nonzero(ids >= VOCABULARY, as_tuple=True)  # where a vector goes, ...
+        self.vector = ids[self.learned] - VOCABULARY  # ... and which one
+        self.tokens = ids.masked_fill(ids >= VOCABULARY, EOT)
+        self.end = torch.tensor([len(ids) - 1 for ids in flat], device=device)  # (N,)
+
+    def __call__(self, vectors=None):
+        """Features of all sentences, not normalised: (G, C, D).
+
+        vectors: None, (V, W), or (B, V, W) for B sets of vectors; the result is then (B, G, C, D).
+        """
+        if vectors is not None and vectors.dim() == 3:
+            return torch.stack([self(one_set) for one_set in vectors])
+        clip_model, length = self.clip_model, self.tokens.shape[1]
+
+        # Prompt learning, in two lines: words are looked up, and some exchanged for vectors.
+        x = clip_model.token_embedding(self.tokens).float()  # (N, L, W)
+        if vectors is not None:
+            x[self.learned] = vectors[self.vector]
+
+        # From here on it is CLIP: positions, transformer, and the feature at EOT.
+        x = (x + clip_model.positional_embedding[:length]).transpose(0, 1)  # (L, N, W)
+        causal = torch.full((length, length), -torch.inf, device=x.device).triu(1)
+        for block in clip_model.transformer.resblocks:
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False, attn_mask=causal)[0]
+            x = x + block.mlp(block.ln_2(x))
+        x = x[self.end, torch.arange(len(self.end), device=x.device)]  # (N, W)
+        x = clip_model.ln_final(x) @ clip_model.text_projection  # (N, D)
+        return x.view(*self.shape, -1)
+
 
 # -------------------------------------------------------------------------------- hard prompts
 
 
 @torch.no_grad()
-def template_features(clip_model, templates, class_names, chunk=None):
+def template_features(clip_model, templates, class_names, text_encoder=TextEncoder):
     """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
-    Each sentence ends in exactly one full stop, whether the template brings it or not.
-    chunk: how many are encoded at a time, see `Sentences`.
-    Raises BadInput for a template without {}, a sentence too long, a word without an embedding.
+    Each sentence ends in exactly one full stop, whether the template has it or not.
+    Raises PromptError for a template without {}, a sentence too long, a word without an embedding.
     """
     known = known_tokens(clip_model)
-    sentences = []  # [template][class]: tokens
-    for template in templates:
-        template = check_template(template).strip().rstrip(".") + "."
-        sentences.append([])
-        for name, ids in zip(class_names, fill_in(template, class_names)):
-            sentence, tokens = template.replace("{}", name), [SOS, *ids, EOT]
-            check_length(clip_model, len(tokens), sentence)
-            check_words(known, tokens, sentence)
-            sentences[-1].append(tokens)
-    return F.normalize(Sentences(clip_model, sentences, chunk).encode(clip_model), dim=-1)
+
+    def read(template, name):
+        sentence = check_template(template).strip().rstrip(".").replace("{}", name) + "."
+        ids = [SOS, *token_ids(sentence), EOT]
+        check_length(clip_model, ids, sentence)
+        check_words(known, ids, sentence)
+        return ids
+
+    sentences = [[read(template, name) for name in class_names] for template in templates]
+    return F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
 
 
 def hard_prototypes(features, groups):
@@ -68,19 +178,6 @@ def hard_prototypes(features, groups):
     return F.normalize(torch.stack([f.mean(dim=0) for f in split]), dim=-1)
 
 
-def untrained_classifiers(clip_model, dataset, class_names, features):
-    """CLIP as it is, the baselines that learn nothing: {"zeroshot": ..., "ensemble": ...}.
-
-    zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
-    templates' features (T, C, D) averaged and normalised. Both hold one vector per class.
-    """
-    one = template_features(clip_model, [row_of(dataset).zero_shot], class_names)[0]
-    mean = F.normalize(features.mean(dim=0), dim=-1)
-    scale = clip_model.logit_scale.exp().item()
-    vectors = {"zeroshot": one, "ensemble": mean}
-    return {name: ClassVectors(class_names, v, scale=scale) for name, v in vectors.items()}
-
-
 # -------------------------------------------------------------------------------- soft prompts
 
 
@@ -91,21 +188,31 @@ class SoftPrompts(nn.Module):
          v v     v  v name v v   v    v          v: a context vector, shared by all classes
 
     SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
-    (hard prompts keep theirs), or stays, frozen, as in CoOp's. The parameters know nothing of the
-    classes: `set_classes` takes any names, also of classes that training never saw.
+    (hard prompts keep theirs), or stays, frozen, as in CoOp's. As no vector belongs to a class, the
+    prompts can be read with any names, also of classes that training never saw.
     """
 
-    def __init__(self, clip_model, templates, init="template", full_stop=False):
+    def __init__(
+        self,
+        clip_model,
+        templates,
+        class_names,
+        init="template",
+        full_stop=False,
+        text_encoder=TextEncoder,
+    ):
         """clip_model: a `clip.model.CLIP`. templates: one string per prompt, each with one {}.
+        class_names: the C names that `text_features` reads if it is given no others.
         init: what the context starts from: each prompt's own `template`, `random` (16 vectors
         before the name, as in CoOp), or a template for all of them. full_stop: whether prompts end
         with one.
 
-        Raises BadInput for a template without {} or with a word that has no embedding.
+        Raises PromptError for a template without {}, a word without an embedding, and a name that
+        makes a prompt too long.
         """
         super().__init__()
-        self.templates, self.full_stop = list(templates), full_stop
-        self.sentences = None  # of `set_classes`: every prompt with every class name
+        self.frozen = (clip_model,)  # in a tuple, so that CLIP is not registered as part of this
+        self.templates, self.full_stop, self.text_encoder = list(templates), full_stop, text_encoder
         known, embeddings = known_tokens(clip_model), clip_model.token_embedding.weight
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
         for template in self.templates:
@@ -117,48 +224,54 @@ class SoftPrompts(nn.Module):
                 halves = check_template(start).strip().rstrip(".").split("{}")
                 for half in halves:
                     check_words(known, token_ids(half), half)
-                before, after = (embeddings[list(token_ids(half))].float() for half in halves)
+                before, after = (embeddings[token_ids(half)].float() for half in halves)
             # (tokens, W) each; there are often none behind the name.
             self.context_before.append(nn.Parameter(before.detach().clone()))
             self.context_after.append(nn.Parameter(after.detach().clone()))
+        self.class_names, self.read_names = list(class_names), None
+        self.encoder_of(self.class_names)  # what cannot be read is refused now
 
-    def set_classes(self, clip_model, class_names, chunk=None):
-        """Puts every class name into every prompt. chunk: see `Sentences`.
+    def encoder_of(self, class_names):
+        """A text encoder that reads every prompt with every one of these names; the last one is
+        kept, as every step needs it.
 
-        Raises BadInput for a name that makes a prompt too long or has no embedding.
+        Raises PromptError for a name that makes a prompt too long or has no embedding.
         """
+        if class_names == self.read_names:
+            return self.encoder
+        (clip_model,) = self.frozen
         known = known_tokens(clip_model)
-        names = fill_in("{}", class_names)
-        for name, tokens in zip(class_names, names):
-            check_words(known, tokens, name)
-        # A full stop is read with what stands before it: the two of "U.S.." are one token.
-        stop = token_ids(".") if self.full_stop else ()
-        stopped = fill_in("{}.", class_names) if self.full_stop else names
-        # A sentence is a list of ids: tokens of CLIP, and LEARNED + i for row i of `context()`.
-        prompts, ids = [], count(LEARNED)
-        for template, *contexts in zip(self.templates, self.context_before, self.context_after):
-            before, after = ([next(ids) for _ in vectors] for vectors in contexts)
-            if after:
-                prompts.append([[SOS, *before, *name, *after, *stop, EOT] for name in names])
-            else:
-                prompts.append([[SOS, *before, *name, EOT] for name in stopped])
-            for name, sentence in zip(class_names, prompts[-1]):
-                check_length(clip_model, len(sentence), f"the prompt {template!r} with {name!r}")
-        self.sentences = Sentences(clip_model, prompts, chunk)
+        sentences, n_vectors = [], 0
+        for template, before, after in zip(self.templates, self.context_before, self.context_after):
+            first = VOCABULARY + n_vectors
+            middle, last = first + len(before), first + len(before) + len(after)
+            n_vectors += len(before) + len(after)
+            sentences.append([])
+            for name in class_names:
+                # A full stop is read with what stands before it: the two of "U.S.." are one token.
+                name_ids = token_ids(name + "." if self.full_stop and not len(after) else name)
+                stop = token_ids(".") if self.full_stop and len(after) else []
+                check_words(known, name_ids, name)
+                ids = [SOS, *range(first, middle), *name_ids, *range(middle, last), *stop, EOT]
+                check_length(clip_model, ids, f"the prompt {template!r} with {name!r}")
+                sentences[-1].append(ids)
+        self.encoder = self.text_encoder(clip_model, sentences)
+        self.read_names = list(class_names)
+        return self.encoder
 
     def context(self):
-        """All context vectors, prompt by prompt: (V, W)."""
+        """All context vectors, prompt by prompt, those before the name first: (V, W)."""
         halves = zip(self.context_before, self.context_after)
         return torch.cat([half for pair in halves for half in pair])
 
-    def text_features(self, clip_model, bias=None, shift=None, only=None, dtype=torch.float32):
+    def text_features(self, class_names=None, bias=None, shift=None):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
-        bias: None or (1, D), one vector added to all features before normalising (LASP's
-        correction). shift: None or (B, W), added to all context vectors, one for each image as in
-        CoCoOp; the result is then (B, G, C, D). only: None, or a list of the prompts to encode;
-        what stands in the place of the others is meaningless. dtype: of the encoder's products.
+        class_names: other names than the prompts' own. bias: None or (1, D), one vector added to
+        all features before normalising (LASP's correction). shift: None or (B, W), added to all
+        context vectors, one for each image as in CoCoOp; the result is then (B, G, C, D).
         """
+        encoder = self.encoder_of(self.class_names if class_names is None else list(class_names))
         context = self.context() if shift is None else self.context() + shift[:, None]
-        features = self.sentences.encode(clip_model, context, only, dtype)
+        features = encoder(context)
         return F.normalize(features if bias is None else features + bias, dim=-1)

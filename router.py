@@ -15,26 +15,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-KINDS = "trained", "frozen", "uniform"
+# ------------------------------------------------------------------------------------- routers
 
 
 class Router(nn.Module):
-    """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011).
+    """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011)."""
 
-    kind: `trained`; for ablations also `frozen`, which keeps its random start, and `uniform`, which
-    has no gate and gives every image the plain average of all prompts.
-    Raises ValueError for any other kind.
-    """
+    guided = True  # the gate loss teaches it
 
-    def __init__(self, width, n_prompts, top_k, kind="trained"):
+    def __init__(self, width, n_prompts, top_k):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"no router of the kind {kind!r}: {', '.join(KINDS)}")
-        self.kind, self.n_prompts = kind, n_prompts
-        self.top_k = n_prompts if kind == "uniform" else top_k
-        self.gate = None
-        if kind != "uniform":
-            self.gate = nn.Linear(width, n_prompts).requires_grad_(kind != "frozen")
+        self.gate = nn.Linear(width, n_prompts)
+        self.top_k = top_k
 
     def forward(self, image_features):
         """(B, D) -> gate_logits (B, G), weights (B, G).
@@ -42,13 +34,39 @@ class Router(nn.Module):
         An image's weights sum to 1 and are zero for all but its K prompts. Softmax runs over the
         K chosen logits alone: what the others scored must not shrink the chosen ones' weights.
         """
-        if self.gate is None:
-            gate_logits = image_features.new_zeros(len(image_features), self.n_prompts)
-            return gate_logits, gate_logits + 1 / self.n_prompts
         gate_logits = self.gate(image_features)
         top = gate_logits.topk(self.top_k, dim=-1)
         weights = torch.zeros_like(gate_logits).scatter(-1, top.indices, top.values.softmax(-1))
         return gate_logits, weights
+
+
+class FrozenRouter(Router):
+    """For ablations: a gate that keeps its random start."""
+
+    guided = False
+
+    def __init__(self, width, n_prompts, top_k):
+        super().__init__(width, n_prompts, top_k)
+        self.gate.requires_grad_(False)
+
+
+class UniformRouter(nn.Module):
+    """For ablations, and for methods with one prompt: the plain average of all prompts."""
+
+    guided = False
+
+    def __init__(self, width, n_prompts, top_k):
+        super().__init__()
+        self.top_k = n_prompts
+
+    def forward(self, image_features):
+        gate_logits = image_features.new_zeros(len(image_features), self.top_k)
+        return gate_logits, gate_logits + 1 / self.top_k
+
+
+ROUTERS = {"trained": Router, "frozen": FrozenRouter, "uniform": UniformRouter}
+
+# ------------------------------------------------------------------------------- the mixture
 
 
 def mixed_logits(image_features, text_features, weights, logit_scale):
@@ -60,11 +78,15 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
     between, that is the weighted average of the per-prompt logits, which needs (B, G, C) numbers
     instead of (B, C, D).
 
-    image_features (B, D) and text_features (G, C, D) normalised, weights (B, G), logit_scale the
-    factor itself (CLIP's 100), not its logarithm. Returns (B, C).
+    image_features (B, D) and text_features (G, C, D) normalised, or (B, G, C, D) if each image has
+    its own; weights (B, G); logit_scale the factor itself (CLIP's 100), not its logarithm.
+    Returns (B, C).
     """
     similarities = torch.einsum("...d,...gcd->...gc", image_features, text_features)  # (B, G, C)
     return logit_scale * torch.einsum("bg,bgc->bc", weights, similarities)
+
+
+# ---------------------------------------------------------------------- what the gate is taught
 
 
 def gate_target(image_features, prototypes, labels, top_k):
@@ -79,7 +101,19 @@ def gate_target(image_features, prototypes, labels, top_k):
     summing to 1.
     """
     own_class = prototypes[:, labels]  # (G, B, D): each image's own class, no other
-    similarities = torch.einsum("bd,gbd->bg", image_features, own_class)
+    return _boosted(torch.einsum("bd,gbd->bg", image_features, own_class), top_k)
+
+
+def mean_gate_target(image_features, prototypes, labels, top_k):
+    """The same without the label: s[b, g] is the mean similarity to the group's prototypes of all
+    classes that have images, as in the published code until September 2024."""
+    return _boosted(image_features @ prototypes.mean(dim=1).T, top_k)
+
+
+def _boosted(similarities, top_k):
     best = similarities.topk(top_k, dim=-1).indices  # (B, K)
     boost = torch.zeros_like(similarities).scatter(-1, best, 10.0)
     return F.softmax(similarities + boost, dim=-1)
+
+
+GATE_TARGETS = {"label": gate_target, "mean": mean_gate_target}

@@ -3,99 +3,126 @@
     python train.py                                  # the built-in world: no network, 13 seconds
     python train.py --dataset eurosat --shots 4      # downloads CLIP ViT-B/16 and EuroSAT if absent
     python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
-    python train.py --resume ...                     # go on with the run that the flags name
+    python train.py --resume ...                     # continue the run that the settings name
 
 Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/, with
 `checkpoint.pt` (what was learned), `result.json` (what came out) and `router.png` (which prompt
-fires for what). The same flags give the same numbers, bit for bit on a CPU.
+is used for what). The same settings give the same numbers: on one CPU, bit for bit.
 
     python train.py --method coop                    # a neighbour: see METHODS
     python train.py --router uniform                 # MoCoOp without one of its parts
     torchrun --nproc_per_node 4 train.py ...         # the work of encoding, split
 
-From top to bottom: the flags, the methods as rows of flags, the mixture, the loop, a whole run. To
-understand the method, start at `MoCoOp`.
+From top to bottom: the settings, the methods as rows of settings, the mixture, the loop, a whole
+run. To understand the method, start at `MoCoOp`.
 Letters in shapes: B images of a batch, N images, C classes, G prompts, T templates, D features.
 """
 
+import argparse
 import math
+import time
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import router
 from data import class_slice, few_shot_split, full_dataset
-from lib import flags, metrics, processes, runs
-from lib.catalogue import DATASETS, row_of
+from lib import parallel, report, runs
+from lib.baselines import ClassVectors, fit_probe, group_templates
+from lib.catalogue import DATASETS, all_templates, named_groups, row_of
 from lib.clip_model import load_clip
-from lib.errors import BadInput, exit_on_bad_input
-from lib.files import full_path
-from lib.flags import number
-from lib.grouping import group_templates
-from lib.image_encoder import SIDES, attach, learnable_part
-from lib.images import image_features, training_features
-from lib.probe import fit_probe
-from lib.progress import NotFinite, Progress
-from lib.runs import claimed, save_torch
-from lib.templates import all_templates, check_auto, check_init, named_groups
-from losses import gate_loss, image_loss, text_loss
-from prompts import SoftPrompts, hard_prototypes, template_features, untrained_classifiers
-from router import Router, gate_target, mixed_logits
+from lib.fast_text import FastTextEncoder
+from lib.features import SIDES, attach, image_features, learnable_part, training_features
+from lib.runs import BadInput, Parser, at_least, exit_on_bad_input
+from losses import TEXT_LOSSES, gate_loss, image_loss
+from prompts import PromptError, SoftPrompts, TextEncoder, hard_prototypes, template_features
+from router import GATE_TARGETS, ROUTERS, mixed_logits
 
-# ---------------------------------------------------------------------------------- the flags
-# {section: {flag: (default, what it may be, help)}}, with MoCoOp's published numbers.
+# ---------------------------------------------------------------------------------- the settings
 
-FLAGS = {
-    "task": {
-        "dataset": ("shapes", str, f"one of {', '.join(DATASETS)}; or a folder of yours"),
-        "shots": (16, number(int, 1), "training images per class"),
-        "classes": ("all", ("all", "base", "new"), "all, the first half, or the rest"),
-        "seed": (1, number(int, 0), "of few-shot samples, initial weights, order of images"),
-        "method": ("mocoop", str, "sets the flags of the method"),
-    },
-    "CLIP and templates": {
-        "clip": (None, str, "OpenAI name, file, or bundled (default: ViT-B/16; shapes: bundled)"),
-        "groups": ("dataset", str, "of templates: the dataset's own, auto (clustered), or a file"),
-    },
-    "method: prompts": {
-        "n_groups": (0, number(int, 0), "of --groups auto; 0: the best silhouette"),
-        "one_group": (False, bool, "all templates in one group, so one prompt"),
-        "init": ("template", str, "prompts start as their template, random, or as the one given"),
-        "full_stop": (False, bool, "prompts end with one, which is not learned, as CoOp's"),
-        "conditional": (False, bool, "shift the context for each image, as CoCoOp"),
-        "text_bias": (False, bool, "learn a bias on all text features, as LASP"),
-        "image_side": ("frozen", SIDES, "what is learned in the image encoder; without a cache"),
-    },
-    "method: router": {
-        "router": ("trained", router.KINDS, "how prompts get their weights"),
-        "top_k": (2, number(int, 1), "prompts per image; at most all"),
-    },
-    "method: losses": {
-        "gate_weight": (1.0, number(float, 0), "of the gate loss"),
-        "text_weight": (5.0, number(float, 0), "of the text loss"),
-        "text_scale": (1.0, number(float, 0), "of similarities in the text loss"),
-        "text_target": ("prototypes", ("prototypes", "templates"), "of the text loss"),
-    },
-    "method: training": {
-        "epochs": (50, number(int, 1), "passes over the training images"),
-        "warm_up": (5, number(int, 0), "epochs at 1e-5; never more than an eighth of all"),
-        "batch_size": (32, number(int, 1), "images per step"),
-        "lr": (0.032, number(float, 1e-9), "if not given, it grows with --batch-size"),
-        "max_grad_norm": (1.0, number(float, 0), "gradients are clipped to it; 0: they are not"),
-        "views": (8, number(int, 1), "stored random crops per training image"),
-    },
-    "machine": {
-        "data": ("data", str, "the root of all datasets"),
-        "device": (None, str, "cpu, cuda, cuda:1, ... (default: cuda if there is one)"),
-        "chunk": (None, number(int, 1), "sentences at a time (default: what memory allows)"),
-        "out": (None, str, "the run's folder (default: out/<dataset>/<run>)"),
-        "resume": (False, bool, "go on where this run was stopped"),
-    },
-}
-NOT_PART_OF_A_RUN = FLAGS["machine"].keys()  # how it is computed: others may go on with it
 
-# A method is what it changes in the flags above. The numbers are each paper's own.
+# fmt: off
+def make_parser(**options):
+    """The command line. Defaults are MoCoOp's published values; `preset` has the other methods'."""
+    parser = Parser(description=__doc__.split("\n")[0], **options)
+    positive, weight, switch = at_least(int, 1), at_least(float, 0), argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("task").add_argument
+    add("--dataset", default="shapes", help=f"{', '.join(DATASETS)}; or a folder of images")
+    add("--shots", default=16, type=positive, help="number of training images per class")
+    add("--classes", default="all", choices=CLASSES, help="all, the first half, or the second half")
+    add("--seed", default=1, type=at_least(int, 0), help="random seed for few-shot sampling, "
+        "initialisation and shuffling")
+    add("--method", default="mocoop", choices=METHODS, help="sets the defaults of what follows")
+
+    add = parser.add_argument_group("CLIP and templates").add_argument
+    add("--clip", help="an OpenAI name such as ViT-B/16, a file of weights, or bundled")
+    add("--groups", default="dataset", help="groups of templates: the dataset's, auto (found by "
+        "clustering), or a file with a template per line and a blank line between groups")
+
+    add = parser.add_argument_group("method: prompts").add_argument
+    add("--n-groups", default=0, type=at_least(int, 0), help="number of groups for --groups auto; "
+        "0 takes the number with the best silhouette")
+    add("--one-group", default=False, action=switch, help="put all templates in one group")
+    add("--init", default="template", help="what prompts start from: template (each group's first "
+        "one), random, or a template for all")
+    add("--full-stop", default=False, action=switch, help="end prompts with a frozen full stop")
+    add("--conditional", default=False, action=switch, help="shift the context for each image by a "
+        "small network, as CoCoOp does")
+    add("--text-bias", default=False, action=switch, help="learn a bias on all text features, as "
+        "LASP does")
+    add("--image-side", default="frozen", choices=SIDES, help="what is trained in the image "
+        "encoder; images are then encoded in every step")
+
+    add = parser.add_argument_group("method: router").add_argument
+    add("--router", default="trained", choices=ROUTERS, help="how prompts get their weights")
+    add("--top-k", default=2, type=positive, help="number of prompts used per image")
+
+    add = parser.add_argument_group("method: losses").add_argument
+    add("--gate-weight", default=1.0, type=weight, help="weight of the gate loss")
+    add("--gate-target", default="label", choices=GATE_TARGETS, help="what the gate is taught: the "
+        "prompts most like an image of its class (label), or of any class (mean)")
+    add("--text-weight", default=5.0, type=weight, help="weight of the text loss")
+    add("--text-scale", default=1.0, type=weight, help="scale of similarities in the text loss")
+    add("--text-target", default="prototypes", choices=TEXT_LOSSES, help="what the text loss "
+        "compares a prompt with: its group's prototype, or each template of the group")
+    add("--text-names", default="all", choices=("all", "seen"), help="whose names the text loss "
+        "reads: those of all classes, or only of classes with training images")
+
+    add = parser.add_argument_group("method: training").add_argument
+    add("--epochs", default=50, type=positive, help="number of passes over the training images")
+    add("--warm-up", default=5, type=at_least(int, 0), help="number of epochs at a learning rate "
+        "of 1e-5; at most an eighth of all")
+    add("--batch-size", default=32, type=positive, help="number of images per step")
+    add("--lr", default=0.032, type=at_least(float, 1e-9), help="learning rate; unless given, it "
+        "is proportional to the batch size")
+    add("--max-grad-norm", default=1.0, type=weight, help="maximum gradient norm (0 disables "
+        "clipping)")
+    add("--views", default=8, type=positive, help="number of random crops per training image")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--data", default="data", help="the folder that holds all datasets")
+    add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
+    add("--text-encoder", default="fast", choices=("fast", "plain"), help="equal in their numbers")
+    add("--chunk", type=positive, help="number of sentences that the fast text encoder reads at "
+        "a time")
+    add("--out", help="the run's folder (by default out/<dataset>/<run>)")
+    add("--resume", action="store_true", help="continue this run where it was interrupted")
+    return parser
+
+
+# fmt: on
+CLASSES = "all", "base", "new"
+TASK = {"dataset", "shots", "classes", "seed", "method", "clip", "groups"}
+MACHINE = {"data", "device", "text_encoder", "chunk", "out", "resume"}  # how a run is computed
+PROBES = "linear", "linear_zeroshot"
+BASELINES = "zeroshot", "ensemble", *PROBES  # no prompts, so no settings of "method: ..."
+
+# A method is what it changes in the defaults above. The numbers are each paper's own.
 ONE_PROMPT = {
     "one_group": True,
     "init": "a photo of a {}.",
@@ -116,81 +143,114 @@ METHODS = {
     "coop": COOP,  # Zhou et al., IJCV 2022
     "cocoop": COOP | {"conditional": True, "epochs": 10, "batch_size": 1},  # Zhou et al., CVPR 2022
     "lasp": ONE_PROMPT | LASP,  # Bulat and Tzimiropoulos, CVPR 2023
-    # No prompts to learn, so the flags of "method: ..." mean nothing to these.
-    "zeroshot": {"classifier": "zeroshot"},
-    "ensemble": {"classifier": "ensemble"},
-    "linear": {"classifier": "linear"},
+} | {baseline: {} for baseline in BASELINES}
+PUBLISHED = {  # {setting of a method: MoCoOp's value}
+    name: value
+    for name, value in vars(make_parser().parse_args([])).items()
+    if name not in TASK | MACHINE
 }
 
 
-def learns_images(config):
-    """Whether something in the image encoder is learned, so that features cannot be stored."""
-    return config["image_side"] not in (None, "frozen")
-
-
-# Flags without effect beside others, an error if given: {flag: (when, what it would need)}.
-UNREAD = {
-    "n_groups": (lambda c: c["groups"] != "auto", "--groups auto"),
-    "top_k": (lambda c: c["router"] == "uniform", "a router that chooses"),
-    "gate_weight": (lambda c: c["router"] in ("frozen", "uniform"), "a router that is trained"),
-    "text_scale": (lambda c: c["text_weight"] == 0, "a --text-weight"),
-    "text_target": (lambda c: c["text_weight"] == 0, "a --text-weight"),
-    "views": (
-        lambda c: learns_images(c) or row_of(c["dataset"]).layout == "world",
-        "stored crops: --image-side crops in every epoch, drawn images are not cropped",
-    ),
-}
-
-
-def preset(config):
-    """The method's default for every flag it has: {flag: value}.
-
-    `classifier` is no flag: `prompts`, unless the method's row says otherwise.
-    """
-    row = METHODS[config["method"]]
-    own = {"classifier": "prompts", "clip": row_of(config["dataset"]).clip, "groups": "dataset"}
-    if "classifier" in row:
-        return own | row
-    row = own | flags.method_defaults(FLAGS) | row
-    # The default rate is for the default batch; for others it changes in proportion.
-    row["lr"] *= (config["batch_size"] or row["batch_size"]) / row["batch_size"]
+def preset(method, dataset, shots, batch_size=None):
+    """{setting: its default} for a method on a task; None for what a baseline does not have."""
+    own = {"clip": row_of(dataset).clip, "groups": "dataset"}
+    if method in BASELINES:
+        return dict.fromkeys(PUBLISHED) | own
+    row = PUBLISHED | METHODS[method] | own
+    row["lr"] *= (batch_size or row["batch_size"]) / row["batch_size"]
     if isinstance(row["epochs"], dict):
-        shots = 1 if config["dataset"] == "imagenet" else config["shots"]
+        shots = 1 if dataset == "imagenet" else shots
         row["epochs"] = row["epochs"][max(n for n in row["epochs"] if n <= shots)]
     return row
 
 
-def resolve(args):
-    """Flags and preset together: (config, groups, run folder, resume?).
+def learns_images(config):
+    """Whether something in the image encoder is trained, so that features cannot be stored."""
+    return config["image_side"] not in (None, "frozen")
 
-    config: every flag with its final value, as it goes to `result.json`; None where the method has
-    no such flag. groups: lists of templates, not yet regrouped by `--groups auto`.
-    Raises BadInput for flags that do not fit together.
+
+# Settings without effect beside others, an error if given: (setting, when, why).
+NO_EFFECT = (
+    *((name, lambda c: c["method"] in BASELINES, "without prompts") for name in PUBLISHED),
+    ("groups", lambda c: c["groups"] == "auto" and c["one_group"] is not False, "on one group"),
+    ("n_groups", lambda c: c["groups"] != "auto", "without --groups auto"),
+    ("top_k", lambda c: c["router"] == "uniform", "with --router uniform"),
+    ("gate_weight", lambda c: not ROUTERS[c["router"]].guided, "without --router trained"),
+    ("gate_target", lambda c: not ROUTERS[c["router"]].guided, "without --router trained"),
+    ("gate_target", lambda c: c["gate_weight"] == 0, "with --gate-weight 0"),
+    ("text_scale", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
+    ("text_target", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
+    ("text_names", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
+    ("text_names", lambda c: c["classes"] == "all", "with --classes all, where all are seen"),
+    ("chunk", lambda c: c["text_encoder"] == "plain", "with --text-encoder plain"),
+    ("views", learns_images, "with --image-side, which crops anew in every epoch"),
+    ("views", lambda c: row_of(c["dataset"]).layout == "world", "on drawn images, never cropped"),
+)
+
+
+def configure(arguments=None):
+    """A command line as a run's configuration: (config, whether to resume).
+
+    arguments: words; None for those the program was started with. config: {setting: value}, as it
+    goes to `result.json`; None where the method has no such setting.
+    Raises BadInput for settings that are unknown or have no effect.
     """
-    config = vars(args).copy()
+    # The first reading tells what was given, and of which method the defaults are.
+    first = make_parser(add_help=False)
+    task, _ = first.parse_known_args(arguments)
+    nothing = argparse.Namespace(**dict.fromkeys(vars(task)))
+    given = vars(first.parse_known_args(arguments, nothing)[0])
+    dataset = full_dataset(task.dataset)
+    defaults = preset(task.method, dataset, task.shots, given["batch_size"])
+
+    parser = make_parser()
+    parser.set_defaults(**defaults)
+    config = vars(parser.parse_args(arguments))
     resume = config.pop("resume")
-    config["dataset"] = full_dataset(config["dataset"])
-    config["clip"] = full_path(config["clip"], but=["bundled"])
-    config["groups"] = full_path(config["groups"], but=["dataset", "auto"])
-    defaults = preset(config)
-    config = flags.complete(config, defaults, FLAGS, UNREAD)
-    check_init(config["init"])
-    if config["groups"] == "auto":
-        check_auto(config, args.one_group)
-    groups = named_groups(config["groups"], config["dataset"], config["one_group"])
-    if config["groups"] != "auto":
-        check_top_k(args.top_k, groups)
-    label = flags.label(config["method"], flags.changed(config, defaults))
-    folder = runs.run_folder(config, label)
-    return config | {"out": str(folder)}, groups, folder, resume
+    config["dataset"] = dataset
+    config["clip"] = runs.full_path(config["clip"], but=["bundled"])
+    config["groups"] = runs.full_path(config["groups"], but=["dataset", "auto"])
+    for name, without_effect, why in NO_EFFECT:
+        if given[name] is not None and without_effect(config):
+            raise BadInput(f"{dashed(name)} has no effect {why}: leave it out")
+    label = runs.run_label(config["method"], runs.changed_settings(config, defaults))
+    config["out"] = str(runs.run_folder(config, label))
+    return config, resume
 
 
-def check_top_k(top_k, groups):
-    if top_k and top_k > len(groups):
-        raise BadInput(f"--top-k {top_k} is above the number of prompts, {len(groups)}")
+def dashed(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def default_config(**changes):
+    """The configuration that the command line would give: `default_config(shots=4)` is that of
+    `python train.py --shots 4`. Raises BadInput as `configure` does."""
+    words = []
+    for name, value in changes.items():
+        if isinstance(value, bool):
+            words.append(dashed(name) if value else dashed(f"no_{name}"))
+        else:
+            words += [dashed(name), str(value)]
+    return configure(words)[0]
 
 
 # --------------------------------------------------------------------------------- the mixture
+
+
+def text_encoder_of(config):
+    """What reads the sentences of a run: `prompts.TextEncoder`, or its fast equal."""
+    if config["text_encoder"] == "plain":
+        return TextEncoder
+    return partial(FastTextEncoder, chunk=config["chunk"])
+
+
+class Outputs(NamedTuple):
+    """What the mixture says of a batch of images."""
+
+    gate_logits: torch.Tensor  # (B, G)
+    weights: torch.Tensor  # (B, G)
+    text_features: torch.Tensor  # (G, C, D) of all classes that the prompts know
+    logits: torch.Tensor  # (B, C)
 
 
 class MoCoOp(nn.Module):
@@ -199,69 +259,67 @@ class MoCoOp(nn.Module):
     With one prompt and the image loss alone, this is CoOp.
     """
 
+    per_image = False  # whether each image has text features of its own
     images_at_once = 1024  # in `logits`
 
-    def __init__(self, clip_model, groups, config):
-        """groups: lists of templates, one soft prompt each. config: the flags of FLAGS."""
+    def __init__(self, clip_model, groups, class_names, config):
+        """clip_model: from `load_clip`. groups: lists of templates, one soft prompt each.
+        class_names: that the prompts are read with in training. config: from `default_config`.
+
+        Raises PromptError for templates or names that this CLIP cannot read.
+        """
         super().__init__()
-        # Attached, not registered: CLIP is in no state_dict and not among the parameters, and
-        # train() does not reach it.
-        self.__dict__["clip_model"] = clip_model
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
             templates = [config["init"]]  # a single prompt is named by what it started from
+        self.prompts = SoftPrompts(
+            clip_model,
+            templates,
+            class_names,
+            config["init"],
+            config["full_stop"],
+            text_encoder_of(config),
+        )
         top_k = min(config["top_k"], len(groups))
-        self.prompts = SoftPrompts(clip_model, templates, config["init"], config["full_stop"])
-        self.router = Router(width, len(groups), top_k, config["router"])
+        self.router = ROUTERS[config["router"]](width, len(groups), top_k)
         self.templates, self.top_k = templates, self.router.top_k
         self.text_bias = nn.Parameter(torch.zeros(1, width)) if config["text_bias"] else None
         self.image_side = learnable_part(clip_model, config["image_side"])
         self.logit_scale = clip_model.logit_scale.exp().item()  # CLIP's, frozen
-        self.chunk = config["chunk"]
+        self.config = config
 
-    def set_classes(self, class_names):
-        self.prompts.set_classes(self.clip_model, class_names, self.chunk)
-
-    def forward(self, image_features, classes=slice(None), text_features=None, only=None):
-        """image_features (B, D) -> gate logits (B, G), weights (B, G), text features (G, C, D) of
-        all classes, logits (B, C') of `classes`, a slice of them.
-
-        text_features: to use instead of computing them. only: None, or "selected" to encode none
-        but the prompts that an image of the batch selected.
-        """
+    def forward(self, image_features, seen=slice(None), text_features=None):
+        """image_features (B, D) -> `Outputs`. seen: the classes that logits are wanted of.
+        text_features: to use instead of reading the prompts once more."""
         gate_logits, weights = self.router(image_features)
         if text_features is None:
-            if only == "selected":
-                only = weights.any(dim=0).nonzero().flatten().tolist()
-            text_features = self.text_features(image_features, only)
-        own = text_features[..., classes, :]
+            text_features = self.text_features(image_features=image_features)
+        own = text_features[..., seen, :]
         logits = mixed_logits(image_features, own, weights, self.logit_scale)
-        return gate_logits, weights, text_features, logits
+        return Outputs(gate_logits, weights, text_features, logits)
 
-    def text_features(self, image_features=None, only=None, shift=None):
-        """t[g, c] of the classes that `set_classes` was given last: (G, C, D).
+    def text_features(self, class_names=None, image_features=None):
+        """t[g, c] of the classes that the prompts know, or of others: (G, C, D).
 
-        image_features: only for `ConditionalMoCoOp`. only, shift: see `SoftPrompts`.
+        image_features: read by `ConditionalMoCoOp` alone.
         """
-        device = self.clip_model.logit_scale.device
-        dtype = processes.mixed_dtype(device) if self.training else torch.float32
-        return self.prompts.text_features(self.clip_model, self.text_bias, shift, only, dtype)
+        return self.prompts.text_features(class_names, self.text_bias)
 
     @torch.no_grad()
-    def logits(self, class_names, image_features):
-        """Yields class logits (N, C) and prompt weights (N, G) of some images (N, D) at a time."""
-        self.eval()
-        self.set_classes(class_names)
-        text_features = self.text_features()  # once for all images
-        n_at_once = max(1, 2**20 // (len(self.templates) * len(class_names)))  # bounds (B, G, C)
+    def logits(self, image_features, class_names=None):
+        """Class logits (N, C) and prompt weights (N, G) of images (N, D), for the classes that the
+        prompts know or any others."""
+        n_classes = len(class_names or self.prompts.class_names)
+        n_at_once = max(1, 2**20 // (len(self.templates) * n_classes))  # bounds (B, G, C)
+        shared = None if self.per_image else self.text_features(class_names)
+        parts = []
         for f in image_features.split(min(self.images_at_once, n_at_once)):
+            text_features = self.text_features(class_names, f) if self.per_image else shared
             _, weights, _, logits = self(f, text_features=text_features)
-            yield logits, weights
-
-    def predict(self, class_names, image_features):
-        """Predicted labels (N,) and prompt weights (N, G) of images (N, D), for any classes."""
-        return metrics.predictions(self.logits(class_names, image_features))
+            parts.append((logits, weights))
+        logits, weights = (torch.cat(part) for part in zip(*parts))
+        return logits, weights
 
     def parameter_groups(self):
         """What is trained, as an optimiser takes it; `factor`: times the learning rate, which is a
@@ -280,27 +338,66 @@ class ConditionalMoCoOp(MoCoOp):
     Text features are then (B, G, C, D), one set per image.
     """
 
+    per_image = True
     images_at_once = 64
 
-    def __init__(self, clip_model, groups, config):
-        super().__init__(clip_model, groups, config)
+    def __init__(self, clip_model, groups, class_names, config):
+        super().__init__(clip_model, groups, class_names, config)
         text_width, width = clip_model.text_projection.shape
         self.shift = nn.Sequential(
             nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, text_width)
         )
 
-    def text_features(self, image_features=None, only=None):
+    def text_features(self, class_names=None, image_features=None):
         if image_features is None:
-            return None  # none that all images share: `forward` computes them for each
-        return super().text_features(only=only, shift=self.shift(image_features))
+            raise ValueError("with --conditional text features need image_features")
+        return self.prompts.text_features(class_names, self.text_bias, self.shift(image_features))
 
 
-def make_model(clip_model, groups, config):
+def make_model(clip_model, groups, class_names, config):
+    """The mixture that a configuration describes, on CLIP's device."""
     kind = ConditionalMoCoOp if config["conditional"] else MoCoOp
-    return kind(clip_model, groups, config).to(clip_model.logit_scale.device)
+    return kind(clip_model, groups, class_names, config).to(clip_model.logit_scale.device)
 
 
 # ------------------------------------------------------------------------------------ training
+
+
+class HardText(NamedTuple):
+    """What CLIP makes of the templates as they stand, with the classes that the prompts know."""
+
+    features: torch.Tensor  # (T, C, D), of every template
+    prototypes: torch.Tensor  # (G, C, D), of every group
+    prompt_of: torch.Tensor  # (T,), the group of each template
+
+
+def hard_text(features, groups):
+    """features: (T, C, D) from `template_features` of all templates of `groups`, in order."""
+    prompt_of = [g for g, group in enumerate(groups) for _ in group]
+    prompt_of = torch.tensor(prompt_of, device=features.device)
+    return HardText(features, hard_prototypes(features, groups), prompt_of)
+
+
+def compute_losses(model, image_features, labels, outputs, hard, seen):
+    """The losses of a batch: {name: (weight, value)}.
+
+    image_features (B, D), labels (B,) counted within the seen classes, outputs: the model's, hard:
+    `HardText`. seen: the slice of the classes that has images. The image and the gate loss see no
+    other; the text loss runs over all of them.
+    """
+    config = model.config
+    losses = {"image": (1.0, image_loss(outputs.logits, labels))}
+    if config["gate_weight"] and model.router.guided:
+        prototypes = hard.prototypes[:, seen]
+        # Detached: the image encoder, where it learns, is not to please the target.
+        f, target_of = image_features.detach(), GATE_TARGETS[config["gate_target"]]
+        target = target_of(f, prototypes, labels, model.top_k)
+        losses["gate"] = config["gate_weight"], gate_loss(outputs.gate_logits, target)
+    if config["text_weight"]:
+        text_loss = TEXT_LOSSES[config["text_target"]]
+        value = text_loss(outputs.text_features, hard, config["text_scale"])
+        losses["text"] = config["text_weight"], value
+    return losses
 
 
 def learning_rate(epoch, epochs, lr, warm_up):
@@ -315,29 +412,16 @@ def learning_rate(epoch, epochs, lr, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-def fit(model, config, groups, hard_features, seen, load_features, labels, save, state=None):
+def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, state=None):
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
 
-    hard_features: (T, C, D), of all templates of `groups` with the model's classes. seen: the slice
-    of these classes that has images; the image and gate loss see no other. load_features: see
-    `training_features`. labels: (N,), counted within the seen classes. save: called after each
-    epoch with what is needed to go on; state: one of these, to go on from there.
+    images: see `training_features`. labels (N,), hard and seen: as in `compute_losses`. save:
+    called after each epoch with all that is needed to continue; state: what it was given last, to
+    continue from there.
+    Raises BadInput if training diverges.
     """
-    prototypes = hard_prototypes(hard_features, groups)  # (G, C, D)
-    # The text loss compares each soft prompt with its prototype or, as LASP, with each template of
-    # its group: soft prompt prompt_of[i] with text_targets[i].
-    text_targets, prompt_of = prototypes, None
-    if config["text_target"] == "templates":
-        text_targets = hard_features
-        owners = [g for g, group in enumerate(groups) for _ in group]
-        prompt_of = torch.tensor(owners, device=labels.device)
-    guided = config["gate_weight"] and any(p.requires_grad for p in model.router.parameters())
-    # Without the text loss nobody reads the prompts that no image of the batch selected. To ask a
-    # GPU which those are would make it wait.
-    on_cpu = labels.device.type == "cpu"
-    only = "selected" if on_cpu and not config["text_weight"] else None
-
+    config = model.config
     torch.manual_seed(config["seed"])  # for whatever draws in training
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
@@ -347,167 +431,204 @@ def fit(model, config, groups, hard_features, seen, load_features, labels, save,
         weight_decay=5e-4,
         fused=labels.is_cuda,
     )
-    # bf16 has the range of fp32, fp16 has not.
-    needs_scaling = processes.mixed_dtype(labels.device) is torch.float16
-    scaler = torch.amp.GradScaler(enabled=needs_scaling)
-    n = len(labels)
-    n_batches = max(1, n // config["batch_size"])  # the last, incomplete one is dropped
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler, "order": order_rng}
-    progress = Progress(parts, config["epochs"], n_batches, save, state)
+    done, seconds, usage = 0, 0.0, []
+    if state is not None:
+        done, seconds, usage = state["epoch"], state["seconds"], list(state["usage"])
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        order_rng.set_state(state["order_rng"])
+        torch.set_rng_state(state["torch_rng"])
+        if labels.is_cuda and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    n, size = len(labels), config["batch_size"]
+    n_batches = max(1, n // size)  # the last, incomplete one is dropped
+    start = time.time() - seconds  # as if it had never been stopped
     model.train()
-    for epoch in progress.epochs():
+    for epoch in range(done, config["epochs"]):
         rate = partial(learning_rate, epoch, config["epochs"], warm_up=config["warm_up"])
         for part in optimiser.param_groups:
             part["lr"] = rate(config["lr"] * part["factor"])
         order = torch.randperm(n, generator=order_rng)
-        views = torch.randint(load_features.n_views, (n,), generator=order_rng)
-        batches = order.split(config["batch_size"])[:n_batches]
-        own_labels = labels[order.to(labels.device)].split(config["batch_size"])
-        for f, y in zip(load_features(batches, views, epoch), own_labels):  # (B, D), (B,)
-            gate_logits, weights, text_features, logits = model(f, seen, only=only)
-
-            losses = {"image": (1.0, image_loss(logits, y))}  # name: (weight, value)
-            if guided:
-                target = gate_target(f.detach(), prototypes[:, seen], y, model.router.top_k)
-                losses["gate"] = config["gate_weight"], gate_loss(gate_logits, target)
-            if config["text_weight"]:
-                soft = text_features
-                if prompt_of is not None:
-                    soft = soft.index_select(-3, prompt_of)
-                value = text_loss(soft, text_targets, config["text_scale"])
-                losses["text"] = config["text_weight"], value
+        views = torch.randint(images.n_views, (n,), generator=order_rng)
+        batches = order.split(size)[:n_batches]
+        batch_labels = labels[order.to(labels.device)].split(size)
+        history, used = [], 0
+        steps = zip(images.batches(batches, views, epoch), batch_labels)
+        for f, y in tqdm(steps, total=n_batches, leave=False, disable=None):  # (B, D), (B,)
+            outputs = model(f, seen)
+            losses = compute_losses(model, f, y, outputs, hard, seen)
             total = sum(weight * value for weight, value in losses.values())
 
             optimiser.zero_grad()
-            scaler.scale(total).backward()
-            scaler.unscale_(optimiser)
+            total.backward()
             if config["max_grad_norm"]:
                 nn.utils.clip_grad_norm_(model.parameters(), config["max_grad_norm"])
-            scaler.step(optimiser)
-            scaler.update()
-            progress.step(losses, weights)
-        progress.end_epoch(rate(config["lr"]))
-    return progress.seconds, progress.usage
+            optimiser.step()
+            history.append({name: (w, value.detach()) for name, (w, value) in losses.items()})
+            used = used + outputs.weights.detach().sum(dim=0)
+        usage.append(print_epoch(epoch, model, rate(config["lr"]), history, used))
+        save(
+            {
+                "epoch": epoch + 1,
+                "seconds": time.time() - start,
+                "usage": usage,
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "order_rng": order_rng.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if labels.is_cuda else None,
+            }
+        )
+    model.eval()
+    return time.time() - start, usage
+
+
+def print_epoch(epoch, model, lr, history, used):
+    """Prints an epoch's line: each loss as weight x mean value. Returns each prompt's share.
+
+    history: the losses of every step. used: (G,), the sum of the router's weights.
+    Raises BadInput if a parameter is no longer a finite number.
+    """
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise BadInput(f"training has diverged in epoch {epoch + 1}: try a smaller --lr")
+    total, terms = 0.0, []
+    for name, (weight, _) in history[0].items():
+        value = sum(losses[name][1] for losses in history).item() / len(history)
+        total += weight * value
+        terms.append(f"{name} {weight:g} x {value:.3f}")
+    share = (used / used.sum()).tolist()
+    print(
+        f"epoch {epoch + 1:3d}/{model.config['epochs']}  lr {lr:.5f}  loss {total:.3f} ="
+        f" {' + '.join(terms)}  prompts {' '.join(f'{100 * s:2.0f}' for s in share)} %",
+        flush=True,
+    )
+    return [round(s, 4) for s in share]
 
 
 # ---------------------------------------------------------------------------------- a whole run
 
 
-def train(config, groups, folder, resume):
-    """One run, from flags to files, alone in its folder."""
-    device = processes.choose_device(config["device"])
-    processes.join(device)
-    with claimed(folder):
-        train_here(config, groups, folder, resume, device)
-    processes.leave()
+def run(config, resume=False):
+    """One run, from its configuration to the files in its folder. Returns its result."""
+    device = parallel.choose_device(config["device"])
+    parallel.join(device)
+    folder = Path(config["out"])
+    with runs.writable_folder(folder, "choose another --out"):
+        result = run_in(folder, config, resume, device)
+    parallel.leave()
+    return result
 
 
-def train_here(config, groups, folder, resume, device):
+def run_in(folder, config, resume, device):
     """The run itself: data, CLIP, baselines, training, results."""
-    state = runs.open_run(folder, config, resume, preset(config), NOT_PART_OF_A_RUN)
-    whole, split = few_shot_split(config)
-    if config["classifier"] == "linear" and not split.val:
-        raise BadInput("--method linear chooses its strength on val images: there are none")
-    clip_model, fingerprint = processes.first(lambda: load_clip(config["clip"], device))
+    groups, has_prompts = named_groups(config), config["method"] not in BASELINES
+    defaults = preset(config["method"], config["dataset"], config["shots"], config["batch_size"])
+    state = runs.open_run(folder, config, resume, defaults, MACHINE)
+    full_split, split = few_shot_split(config)
+    if config["method"] in PROBES and not split.val:
+        raise BadInput("a linear probe chooses its strength on val images, and there are none")
+    clip_model, fingerprint = load_clip(config["clip"], device)
+    text_encoder = text_encoder_of(config)
+    read = partial(template_features, clip_model, text_encoder=text_encoder)
 
-    names, seen = split.class_names, slice(None)  # seen: which of the names have images
-    if config["text_weight"]:  # the text loss holds on to every class name
-        names = whole.class_names
-        seen = class_slice(len(names), config["classes"])
+    # The text loss runs over the names of all classes, also of those that have no images here.
+    prompt_names, seen = split.class_names, slice(None)
+    if config["text_weight"] and config["text_names"] == "all":
+        prompt_names = full_split.class_names
+        seen = class_slice(len(prompt_names), config["classes"])
     if config["groups"] == "auto":
-        templates = all_templates(groups)
-        features = template_features(clip_model, templates, names, config["chunk"])
+        templates, clustered_names = all_templates(groups), prompt_names
+        features = read(templates, clustered_names)
         groups = group_templates(templates, features, config["n_groups"])
-        if config["top_k"] != preset(config)["top_k"]:  # the default is lowered where it must be
-            check_top_k(config["top_k"], groups)
-    hard_features = template_features(clip_model, all_templates(groups), names, config["chunk"])
+    if has_prompts and config["top_k"] > max(len(groups), defaults["top_k"]):
+        # Only a number that was given is refused; the default is lowered if it must be.
+        raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
+    hard = hard_text(read(all_templates(groups), prompt_names), groups)
     torch.manual_seed(config["seed"])
-    model = None
-    if config["classifier"] == "prompts":
-        model = make_model(clip_model, groups, config)
-        model.set_classes(names)
-    made_of = runs.check_made_of(folder, state, [groups, fingerprint, names, split.train])
-    runs.announce(config, split, model, bool(row_of(split.dataset).templates))
+    model = make_model(clip_model, groups, prompt_names, config) if has_prompts else None
+    made_of = runs.check_made_of(folder, state, [groups, fingerprint, prompt_names, split.train])
+    report.announce(config, split, model)
 
-    encode = partial(image_features, clip_model, fingerprint, split)
-    test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
-    own_features = hard_features[:, seen]
-    probes = untrained_classifiers(clip_model, split.dataset, split.class_names, own_features)
-    zero_shot, ensemble = (accuracy_on(probe, split, split.test, test) for probe in probes.values())
+    def features_of(what, **options):
+        items = getattr(split, what)
+        what = "training images" if what == "train" else f"{what} images"
+        return image_features(clip_model, fingerprint, split, items, what=what, **options)
+
+    test, val = features_of("test"), features_of("val")
+    untrained = zero_shot_and_ensemble(
+        clip_model, split.dataset, split.class_names, hard.features[:, seen], text_encoder
+    )
+    zero_shot, ensemble = (
+        report.accuracy_on(m, split, split.test, test) for m in untrained.values()
+    )
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
-    def save(snapshot):
-        save_torch({"config": config, "made_of": made_of, **snapshot}, folder / "resume.pt")
-
     seconds, usage = 0.0, []
-    labels = [split.labels(items).to(device) for items in (split.train, split.val)]
-    if config["classifier"] == "prompts":
-        views, live = split.views(config["views"]), learns_images(config)
+    labels, val_labels = (split.labels(items).to(device) for items in (split.train, split.val))
+    if has_prompts:
         attach(clip_model, model.image_side)  # not before: baselines are CLIP's as it was
-        features = training_features(clip_model, fingerprint, split, views, live)
-        try:
-            seconds, usage = fit(
-                model, config, groups, hard_features, seen, features, labels[0], save, state
-            )
-        except NotFinite:  # what it has saved would diverge again
-            if processes.rank() == 0:
-                runs.discard(folder)
-            raise
-        if live:  # the encoder is another one now
-            test = encode(split.test, what="test images", cached=False)
-            val = encode(split.val, what="val images", cached=False)
-    elif config["classifier"] == "linear":
-        encode = partial(encode, raw=True)
-        stored = encode(split.train, what="training images")
-        test, val = encode(split.test, what="test images"), encode(split.val, what="val images")
-        model, seconds = fit_probe(split.class_names, stored, val, *labels)
-    else:
-        model = probes[config["classifier"]]
+        live = learns_images(config)
+        images = training_features(clip_model, fingerprint, split, config["views"], live)
+        if not live:
+            clip_model.visual = None  # all images are encoded: its memory is free for training
 
-    changed = flags.changed(config, preset(config))
-    measured, *_ = examine(model, config, changed, split, config["classes"], test)
+        def save(snapshot):
+            content = {"config": config, "made_of": made_of, **snapshot}
+            runs.save_torch(content, folder / "resume.pt")
+
+        seconds, usage = fit(model, images, labels, hard, seen, save, state)
+        if live:  # the encoder is another one now
+            test, val = features_of("test", cached=False), features_of("val", cached=False)
+    elif config["method"] in PROBES:
+        raw, start = config["method"] == "linear", None  # CoOp's probe, on features as they are
+        if not raw:
+            start = untrained["zeroshot"].scale * untrained["zeroshot"].weight
+        own, test, val = (features_of(part, raw=raw) for part in ("train", "test", "val"))
+        model, seconds = fit_probe(split.class_names, own, val, labels, val_labels, start)
+    else:
+        model = untrained[config["method"]]
+
+    changed = runs.changed_settings(config, defaults)
+    measured, *_ = report.evaluate_model(model, config, changed, split, config["classes"], test)
     result = measured | {
         "n_train": len(split.train),
         "few_shot_samples": split.samples,
         "zero_shot_accuracy": zero_shot,
         "ensemble_accuracy": ensemble,
-        "val_accuracy": accuracy_on(model, split, split.val, val),
+        "val_accuracy": report.accuracy_on(model, split, split.val, val),
         "prompt_usage_by_epoch": usage,
         "train_seconds": round(seconds, 2),
         "config": config,
     }
-    learned = {"groups": groups, "clip_fingerprint": fingerprint, "model": model.state_dict()}
-    checkpoint = {"config": config, "class_names": split.class_names, **learned}
-    if processes.rank() == 0:
-        runs.publish(folder, checkpoint, result)
-
-
-def examine(model, config, changed_flags, split, classes, features):
-    """A model on the test images of a split: (what `result.json` says of it, predicted labels (N,),
-    prompt weights (N, G)). features: (N, D)."""
-    predictions, weights = (x.cpu() for x in model.predict(split.class_names, features))
-    labels = split.labels(split.test)
-    numbers = {
-        "accuracy": metrics.accuracy(predictions, labels),
-        "per_class_accuracy": metrics.per_class_accuracy(predictions, labels, split.class_names),
-        "prompt_usage": metrics.prompt_usage(weights, model.templates),
-        "router": metrics.usage_by_kind(weights, *split.kinds),
+    checkpoint = {
+        "config": config,
+        "groups": groups,
+        "class_names": split.class_names,
+        "prompt_names": prompt_names,
+        "clip_fingerprint": fingerprint,
+        "model": model.state_dict(),
     }
-    described = runs.describe(config, changed_flags, model, split, classes)
-    return described | numbers, predictions, weights
+    runs.publish(folder, checkpoint, result)
+    if model.templates:
+        report.router_picture(result, folder / "router.png")
+    return result
 
 
-def accuracy_on(model, split, items, features):
-    """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
-    if not items:
-        return None
-    predictions, _ = model.predict(split.class_names, features)
-    return metrics.accuracy(predictions, split.labels(items))
+def zero_shot_and_ensemble(clip_model, dataset, class_names, features, text_encoder):
+    """CLIP as it is, the baselines that learn nothing: {"zeroshot": ..., "ensemble": ...}.
+
+    zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
+    templates' features (T, C, D) averaged and normalised. Both hold one vector per class.
+    """
+    template = row_of(dataset).zero_shot
+    one = template_features(clip_model, [template], class_names, text_encoder)[0]
+    mean = F.normalize(features.mean(dim=0), dim=-1)
+    vectors, scale = {"zeroshot": one, "ensemble": mean}, clip_model.logit_scale.exp().item()
+    return {name: ClassVectors(class_names, v, scale=scale) for name, v in vectors.items()}
 
 
 def main():
-    parser = flags.make_parser(__doc__.split("\n")[0], FLAGS, METHODS)
-    exit_on_bad_input(lambda: train(*resolve(parser.parse_args())))
+    exit_on_bad_input(lambda: run(*configure()), PromptError)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What is known of each dataset: where it lies, its split, where it is from, its templates.
+"""What is known of each dataset: its folder, its split, its archive, its templates.
 
 One row per dataset. One of your own needs `folder`, `images` and `split`; all else may be left out.
 """
 
+import os
 from dataclasses import dataclass
 
 from lib import world
+from lib.runs import BadInput, read_text
 
 # -------------------------------------------------------------------- hand-written templates
 # In groups, whose first template starts the soft prompt. Those of the field's datasets are the
@@ -77,19 +79,18 @@ class Row:
     images: str = ""
     layout: str = "split"  # aircraft, imagenet, synsets, numbers: lib/readers.py; or world
     split: str = ""  # the field's fixed split file
-    drive_id: str = ""  # of the split file (of classnames.txt for ImageNet) on Google Drive
     counts: tuple = ()  # train, val and test images in the split; None: any number
-    archive: tuple = ()  # URL and MD5, torchvision's where it has one
-    origin: str = ""  # where to get it by hand, if it cannot be downloaded
-    # Where each class has an image folder: readable names that differ from the folder's, None for
-    # a folder that is no class. A seeded split can then stand in for one that cannot be had.
-    folder_names: dict | None = None
+    archive: str = ""  # its zip file on the hub
+    sha256: str = ""  # of the archive, where it is known
     templates: tuple | list = ()  # groups of templates; the general ones serve if there are none
     zero_shot: str = "a photo of a {}."  # CoOp's one template
     clip: str = "ViT-B/16"
 
 
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+# The field's mirror on the Hugging Face hub, kept by the authors of PromptKD and ATPrompt: one zip
+# file per dataset, with its images and lists in the layout of CoOp's DATASETS.md.
+HUB = "zhengli97/prompt_learning_dataset"
+REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"
 DATASETS = {
     name: Row(layout="world", templates=WORLD, clip="bundled") for name in world.DATASETS
 } | {
@@ -97,39 +98,24 @@ DATASETS = {
         "caltech-101",
         "101_ObjectCategories",
         split="split_zhou_Caltech101.json",
-        drive_id="1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
         counts=(4128, 1649, 2465),
-        archive=(
-            "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip",
-            "3138e1922a9193bfa496528edbbc45d0",
-        ),
-        folder_names={
-            "BACKGROUND_Google": None,
-            "Faces_easy": None,
-            "Faces": "face",
-            "Leopards": "leopard",
-            "Motorbikes": "motorbike",
-            "airplanes": "airplane",
-        },
+        archive="caltech-101.zip",
         templates=[TEXTURE, *GENERAL],
     ),
     "oxford_pets": Row(
         "oxford_pets",
         "images",
         split="split_zhou_OxfordPets.json",
-        drive_id="1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
         counts=(2944, 736, 3669),
-        archive=(f"{OXFORD}/pets/data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+        archive="oxford_pets.zip",
         templates=[SMALL[:1], LARGE, *GENERAL],
         zero_shot="a photo of a {}, a type of pet.",
     ),
     "stanford_cars": Row(
         "stanford_cars",
         split="split_zhou_StanfordCars.json",
-        drive_id="1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
         counts=(6509, 1635, 8041),
-        origin="cars_train/*.jpg and cars_test/*.jpg, whose first home"
-        " (ai.stanford.edu/~jkrause/cars) is closed: see CoOp's DATASETS.md",
+        archive="stanford_cars.zip",
         templates=[
             [
                 "A photo of the high-performance {}.",
@@ -143,9 +129,8 @@ DATASETS = {
         "oxford_flowers",
         "jpg",
         split="split_zhou_OxfordFlowers.json",
-        drive_id="1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
         counts=(4093, 1633, 2463),
-        archive=(f"{OXFORD}/flowers/102/102flowers.tgz", "52808999861908f626f3c1f4e79d11fa"),
+        archive="oxford_flowers.zip",
         templates=[FLOWER, *GENERAL],
         zero_shot=FLOWER[0],
     ),
@@ -153,13 +138,8 @@ DATASETS = {
         "food-101",
         "images",
         split="split_zhou_Food101.json",
-        drive_id="1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
         counts=(50500, 20200, 30300),
-        archive=(
-            "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-            "85eeb15f3717b99a5da872d97d918f87",
-        ),
-        folder_names={},
+        archive="food101.zip",
         templates=[
             ["a photo of a  {}."],  # two spaces as published; the tokenizer reads one
             ["a photo of the delicious {}.", "a photo of the tasty {}.", "A dish of the {}."],
@@ -172,8 +152,9 @@ DATASETS = {
         "fgvc_aircraft",
         "images",
         layout="aircraft",
+        split="variants.txt",
         counts=(3334, 3333, 3333),
-        archive=(f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", None),
+        archive="fgvc_aircraft.zip",
         templates=[AIRCRAFT, *GENERAL],
         zero_shot=AIRCRAFT[0],
     ),
@@ -181,22 +162,18 @@ DATASETS = {
         "sun397",
         "SUN397",
         split="split_zhou_SUN397.json",
-        drive_id="1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
         counts=(15880, 3970, 19850),
-        archive=(
-            "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-            "8ca2778205c41d23104230ba66911c7a",
-        ),
+        archive="sun397.zip",
+        sha256="ce6dee6685c9f1d592c8297e193dde885aa9c50d008fd998a38ccc57a3dda722",
         templates=GENERAL,
     ),
     "dtd": Row(
         "dtd",
         "images",
         split="split_zhou_DescribableTextures.json",
-        drive_id="1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
         counts=(2820, 1128, 1692),
-        archive=(f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1"),
-        folder_names={},
+        archive="dtd.zip",
+        sha256="5ba4d3000e60f5541ba15a082033ca0696eee68125e9c28edff3dbe22f04313b",
         templates=[TEXTURE, *GENERAL],
         zero_shot=TEXTURE[0],
     ),
@@ -204,23 +181,9 @@ DATASETS = {
         "eurosat",
         "2750",
         split="split_zhou_EuroSAT.json",
-        drive_id="1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
         counts=(13500, 5400, 8100),
-        archive=(
-            "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
-            "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
-            "c8fa014336c82ac7804f0398fcb19387",
-        ),
-        folder_names={
-            "AnnualCrop": "Annual Crop Land",
-            "HerbaceousVegetation": "Herbaceous Vegetation Land",
-            "Highway": "Highway or Road",
-            "Industrial": "Industrial Buildings",
-            "Pasture": "Pasture Land",
-            "PermanentCrop": "Permanent Crop Land",
-            "Residential": "Residential Buildings",
-            "SeaLake": "Sea or Lake",
-        },
+        archive="eurosat.zip",
+        sha256="cedceda1690cad47bc3b41eb6bf2d0a134ec7413558128409928829f06c74613",
         templates=[SATELLITE, PHOTO, LARGE, SMALL, LOW_RESOLUTION, GOOD],
         zero_shot=SATELLITE[0],
     ),
@@ -228,10 +191,8 @@ DATASETS = {
         "ucf101",
         "UCF-101-midframes",
         split="split_zhou_UCF101.json",
-        drive_id="1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
         counts=(7639, 1898, 3783),
-        archive=("https://drive.google.com/file/d/10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O", None),
-        folder_names={},
+        archive="ucf101.zip",
         templates=[ACTION, VIDEO_GAME, *GENERAL],
         zero_shot=ACTION[0],
     ),
@@ -239,9 +200,7 @@ DATASETS = {
         "imagenet",
         "images",
         layout="imagenet",
-        drive_id="1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF",
         counts=(None, 0, 50000),
-        origin="train/<synset>/*.JPEG and val/<synset>/*.JPEG from https://image-net.org",
         templates=IMAGENET,
     ),
     "imagenetv2": Row(
@@ -249,7 +208,7 @@ DATASETS = {
         "imagenetv2-matched-frequency-format-val",
         layout="numbers",
         counts=(0, 0, 10000),
-        origin="{0 ... 999}/*.jpeg from https://github.com/modestyachts/ImageNetV2",
+        archive="imagenetv2.zip",
         templates=IMAGENET_VARIANT,
     ),
     "imagenet_sketch": Row(
@@ -257,7 +216,7 @@ DATASETS = {
         "images",
         layout="synsets",
         counts=(0, 0, 50889),
-        origin="<synset>/*.JPEG from https://github.com/HaohanWang/ImageNet-Sketch",
+        archive="imagenet-sketch.zip",
         templates=IMAGENET_VARIANT,
     ),
     "imagenet_a": Row(
@@ -265,7 +224,7 @@ DATASETS = {
         "imagenet-a",
         layout="synsets",
         counts=(0, 0, 7500),
-        origin="<synset>/*.jpg from https://github.com/hendrycks/natural-adv-examples",
+        archive="imagenet-adversarial.zip",
         templates=IMAGENET_VARIANT,
     ),
     "imagenet_r": Row(
@@ -273,7 +232,7 @@ DATASETS = {
         "imagenet-r",
         layout="synsets",
         counts=(0, 0, 30000),
-        origin="<synset>/*.jpg from https://github.com/hendrycks/imagenet-r",
+        archive="imagenet-rendition.zip",
         templates=IMAGENET_VARIANT,
     ),
 }
@@ -287,3 +246,46 @@ def row_of(dataset):
 def template_groups(dataset):
     """The template groups of a dataset; SUN397's general ones if it has none of its own."""
     return list(row_of(dataset).templates or GENERAL)
+
+
+def archive_url(row):
+    """The address of a row's archive. The variable HF_ENDPOINT moves it to another host."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return f"{host.rstrip('/')}/{HUB}/resolve/{REVISION}/{row.archive}"
+
+
+def all_templates(groups):
+    """The templates of all groups in one list."""
+    return [template for group in groups for template in group]
+
+
+def named_groups(config):
+    """The groups that a run starts from: the dataset's, also for `--groups auto`, or a file's; with
+    `--one-group` all of them in one. Raises BadInput as `read_groups` does."""
+    name, dataset = config["groups"], config["dataset"]
+    groups = template_groups(dataset) if name in ("dataset", "auto") else read_groups(name)
+    return [all_templates(groups)] if config["one_group"] else groups
+
+
+def read_groups(file):
+    """Template groups of your own: one template per line, a blank line between groups.
+
+    Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
+    without {}, or two groups that start alike.
+    """
+    groups = [[]]
+    for line in map(str.strip, read_text(file).splitlines()):
+        if line:
+            groups[-1].append(line)
+        else:
+            groups.append([])
+        if line.count("{}") != bool(line):
+            raise BadInput(f"{file}: the template {line!r} needs one {{}} for the class name")
+    groups = [group for group in groups if group]
+    if not groups:
+        raise BadInput(f"{file} holds no template")
+    firsts = [group[0] for group in groups]
+    for template in firsts:  # it names the group's prompt
+        if firsts.count(template) > 1:
+            raise BadInput(f"{file}: two groups start with {template!r}")
+    return groups

@@ -5,15 +5,14 @@ fp32 weights to fp16 on the way; here they stay what they were.
 """
 
 import hashlib
-import http.client
 import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from lib.errors import BadInput, nearest
-from lib.files import read_torch_file
+from lib.download import alone, download, file_sha256
+from lib.runs import BadInput, nearest, read_torch_file, writable_folder
 
 TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
@@ -87,17 +86,19 @@ def _fetch(name):
 
     url = clip.clip._MODELS[name]  # .../<sha256>/<file>
     path, sha256 = CLIP_CACHE / Path(url).name, url.split("/")[-2]
-    if path.is_file():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-        print(f"{path} is damaged (its SHA-256 is not {sha256[:8]}...): downloading it again")
-    print(f"downloading CLIP {name} from {url}")
-    try:
-        CLIP_CACHE.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # renames last
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise BadInput(
-            f"cannot download CLIP {name} from {url} ({error}); put that file at {path}"
-            " or name another with --clip FILE"
-        ) from error
+
+    def is_complete():
+        return path.is_file() and file_sha256(path) == sha256
+
+    if is_complete():
+        return path
+    with (
+        writable_folder(CLIP_CACHE, "name a CLIP with --clip FILE"),
+        alone(path.with_suffix(".lock")),
+    ):
+        if not is_complete():  # no other process has just downloaded it
+            if path.is_file():
+                print(f"{path} is damaged (its SHA-256 is wrong): downloading it again")
+            way_out = f"put that file at {path} or name another with --clip FILE"
+            download(url, path, way_out, sha256)
     return path

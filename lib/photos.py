@@ -1,25 +1,61 @@
-"""Photos that belong to no dataset: finding and opening them, and a table of what is on them."""
+"""One way to read a picture; and albums, photos that belong to no dataset."""
 
 import csv
 import glob
 import os
 import sys
+import warnings
 from pathlib import Path
 
-from lib.errors import BadInput
-from lib.files import read_lines, replacing
-from lib.readers import IMAGE_SUFFIXES, open_photo
+import numpy as np
+from PIL import Image, ImageOps
 
-AT_ONCE = 32  # photos in memory
+from lib.runs import BadInput, read_lines, replacing
+
+# Pillow's remarks on images that it reads well.
+warnings.filterwarnings("ignore", "Palette images with Transparency")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# All that Pillow can open, but for films and scientific containers that it only recognises.
+IMAGE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
+}
+
+
+def open_photo(file, as_coop=False):
+    """An image file as an RGB PIL image. Raises BadInput if it cannot be read.
+
+    as_coop: as CoOp reads it; else as `upright_rgb` makes it.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB") if as_coop else upright_rgb(image)
+    except Exception as error:  # on damaged bytes Pillow may stumble in any way
+        raise BadInput(f"cannot read the image {file}: {error}") from error
+
+
+def upright_rgb(image):
+    """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
+    instead of cut off: 16-bit grey to its upper half, other numbers by their own range."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
+        image = Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    return image.convert("RGB")
+
+
+# -------------------------------------------------------------------------------------- albums
 
 
 def find_photos(paths):
     """The files that paths, folders (with all below them, but nothing hidden) and patterns name,
-    each once. Raises BadInput for one that names nothing, and for a folder that cannot be read."""
+    each once. Raises BadInput for one that names nothing."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = _photos_below(path)
+            files = _photos_below(Path(path))
         else:
             files = [Path(path)] if os.path.exists(path) else map(Path, glob.glob(path))
         files = sorted(f for f in files if f.is_file())
@@ -30,28 +66,24 @@ def find_photos(paths):
 
 
 def _photos_below(folder):
-    def refuse(error):
-        raise BadInput(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in files:
-            if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(parent, name)
+    for path in folder.iterdir():
+        if path.name[0] == ".":
+            continue
+        if path.is_dir() and not path.is_symlink():  # a link may lead to where it is
+            yield from _photos_below(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
 
 
 def open_photos(files):
-    """Yields (files, PIL images) of some readable photos at a time, turned as their EXIF data says;
-    names the others on standard error."""
-    for start in range(0, len(files), AT_ONCE):
-        photos = {}
-        for file in files[start : start + AT_ONCE]:
-            try:
-                photos[file] = open_photo(file)
-            except BadInput as error:
-                print(error, file=sys.stderr)
-        if photos:
-            yield list(photos), list(photos.values())
+    """Yields (file, PIL image) of each readable photo; names the others on standard error."""
+    for file in files:
+        try:
+            image = open_photo(file)
+        except BadInput as error:
+            print(error, file=sys.stderr)
+            continue
+        yield file, image
 
 
 def read_names(names):
@@ -65,24 +97,21 @@ def read_names(names):
     return listed
 
 
-def check_outputs(folder, inputs, *outputs):
-    """Raises BadInput for an output that would lie in the run's folder, in no folder, or in the
-    place of an input or another output. outputs: paths or None."""
-    taken = {Path(path).resolve() for path in inputs}
-    for file in (file for file in outputs if file is not None):
-        if file.resolve().is_relative_to(Path(folder).resolve()):
-            raise BadInput(f"{file} would lie in the run's own folder: name another place")
-        if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
-            raise BadInput(f"cannot write {file}")
-        if file.resolve() in taken:
-            raise BadInput(f"{file} would replace a file that is needed: name another")
-        taken.add(file.resolve())
+def check_output(file, run_folder, inputs):
+    """Raises BadInput for an output file that would lie in the run's folder or in no folder, or
+    would replace an input."""
+    if file.resolve().is_relative_to(Path(run_folder).resolve()):
+        raise BadInput(f"{file} would lie in the run's own folder: name another place")
+    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+        raise BadInput(f"cannot write {file}")
+    if file.resolve() in {Path(path).resolve() for path in inputs}:
+        raise BadInput(f"{file} would replace a file that is needed: name another")
 
 
 def write_csv(file, rows, templates):
     """One line per photo: its path, its best classes with probabilities, every prompt's weight.
 
-    rows: (path, [(class name, probability), ...], weights, ...) of each photo.
+    rows: (path, [(class name, probability), ...], weights) of each photo.
     """
     heads = [f"{what} {i + 1}" for i in range(len(rows[0][1])) for what in ("class", "probability")]
     with (
@@ -91,6 +120,6 @@ def write_csv(file, rows, templates):
     ):
         table = csv.writer(out)
         table.writerow(["image", *heads, *templates])
-        for photo, answers, weights, *_ in rows:
+        for photo, answers, weights in rows:
             cells = [cell for name, x in answers for cell in (name, f"{x:.6f}")]
             table.writerow([photo, *cells, *(f"{w:.6f}" for w in weights)])

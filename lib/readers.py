@@ -6,25 +6,12 @@ paths below the dataset's folder and labels counting from 0.
 
 import json
 import os
-import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from lib.photos import IMAGE_SUFFIXES
+from lib.runs import BadInput, read_lines
 
-from lib.errors import BadInput
-from lib.files import read_lines
-
-# Remarks of Pillow's on images that it reads well.
-warnings.filterwarnings("ignore", "Palette images with Transparency")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PARTS = ("train", "val", "test")
-# All that Pillow can open, but for films and scientific containers that it only recognises.
-IMAGE_SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
-}
 
 
 def read_split_file(file, images):
@@ -123,33 +110,3 @@ def image_files(folder, below, classes):
 def readable(name):
     """A class name as words: underscores become spaces."""
     return " ".join(name.replace("_", " ").split())
-
-
-def open_photo(file, as_coop=False):
-    """An image file as an RGB PIL image. Raises BadInput if it cannot be read.
-
-    as_coop: as CoOp reads it; else as `upright_rgb` makes it.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB") if as_coop else upright_rgb(image)
-    except Exception as error:  # on damaged bytes Pillow may stumble in any way
-        raise BadInput(f"cannot read the image {file}: {error}") from error
-
-
-def upright_rgb(image):
-    """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
-    instead of cut off: 16-bit grey to its upper half, other numbers by their own range."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, dtype=np.float64)
-        low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
-        image = Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def thumbnail(file, size=400):
-    """A photo as `open_photo` opens it, at most `size` pixels wide and high."""
-    image = open_photo(file)
-    image.thumbnail((size, size))
-    return image

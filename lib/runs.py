@@ -1,52 +1,194 @@
-"""What a run leaves on disk, and how it goes on from there.
+"""A run from outside: its folder, its result, going on after a stop, and what bad input gets.
 
 A run's folder holds `checkpoint.pt`, `result.json` and `router.png`; while it runs, `resume.pt`
-with all that is needed to go on. Files are written under a temporary name and renamed when whole.
+with all that is needed to continue. Every file is written under a temporary name of its own and
+renamed when it is whole, so that nobody ever meets half of one.
 """
 
+import argparse
 import contextlib
+import difflib
 import hashlib
 import json
 import os
+import re
 import sys
+import tempfile
+import time
+import uuid
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 
-from lib import flags, processes
-from lib.errors import BadInput
-from lib.files import fcntl, made, read_torch_file, replacing
+# ----------------------------------------------------------------------------------- bad input
 
-STATE = {  # what a resume.pt holds at least
-    *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "scaler", "order"),
-    *("torch_rng", "cuda_rng"),
-}
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, and the way out."""
+
+
+def exit_on_bad_input(main, *kinds):
+    """Runs a command line: bad input ends it with one line and exit status 2, without a traceback.
+
+    kinds: exceptions that mean bad input, beside BadInput and those of the operating system (no
+    permission, a full disk, a name too long).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (BadInput, OSError, *kinds) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def nearest(word, words):
+    """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are numbers or words; the help says what happens without others."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are bad input like any other."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the settings)")
+
+
+def at_least(kind, least):
+    """An argparse type: an int or float that is not below `least`."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value < 2**31:  # not a number fails, too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
+    return parse
+
+
+# --------------------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def claimed(folder):
-    """Makes a run's folder and keeps other processes from training into it meanwhile. It goes again
-    if it is still empty in the end. Raises BadInput if it cannot be made or is taken."""
-    if processes.rank() > 0:  # the first process of torchrun claims it for all
-        yield
-        return
-    with made(folder, "name another --out"):
-        handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        try:
-            if fcntl:
-                with contextlib.suppress(OSError):  # some network disks have no locks
-                    _lock(handle, folder)
-            yield
-        finally:
-            if fcntl:
-                os.close(handle)  # the lock ends here, or with the process
-
-
-def _lock(handle, folder):
+def writable_folder(folder, way_out=""):
+    """A folder that exists and can be written in. If it was made for this block and is still empty
+    at its end, it is removed. Raises BadInput if that cannot be."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BadInput(f"another process trains into {folder}: name another --out") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path` to write to, renamed to it when the block ends well. Readers
+    find the old file or the new one. If the block raises, nothing is left behind."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def remove_old_scratch(folder, age=24 * 3600):
+    """Removes temporary files that killed processes left in a folder a day ago or longer."""
+    for file in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > age:
+                file.unlink()
+
+
+def save_torch(content, path):
+    with replacing(path) as scratch:
+        torch.save(content, scratch)
+
+
+def save_json(content, path):
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_torch_file(path, what):
+    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
+    content = None
+    # A file that cannot be opened raises its own OSError; on damaged bytes anything may be raised.
+    with open(path, "rb") as file, contextlib.suppress(Exception), ZipFile(file) as archive:
+        if archive.testzip() is None:  # torch does not look at the checksums
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a {what}, or damaged")
+    return content
+
+
+def read_text(file):
+    """The content of a text file. Raises BadInput if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error
+
+
+def read_lines(file):
+    """The lines of a text file, stripped, without empty ones. Raises BadInput as `read_text`."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def full_path(value, but=()):
+    """The full path of a file, so that it is found from any folder; other values, and words that
+    mean something else, as they are."""
+    is_file = value and value not in but and Path(value).is_file()
+    return str(Path(value).resolve()) if is_file else value
+
+
+# ------------------------------------------------------------------------------ a run's folder
+
+
+def changed_settings(config, defaults):
+    """{setting: value} of the settings that differ from their defaults, sorted."""
+    return {k: config[k] for k, v in sorted(defaults.items()) if config.get(k, v) != v}
+
+
+def run_label(method, changed):
+    """A method's name with every setting that was changed: `mocoop-top_k1`."""
+
+    def slug(value):  # of a file, which has its full path, its name
+        path = Path(str(value))
+        return re.sub(r"[^\w.]+", "-", path.stem if path.is_absolute() else str(value))
+
+    return "-".join([method, *(k if v is True else f"{k}{slug(v)}" for k, v in changed.items())])
 
 
 def run_folder(config, label):
@@ -56,38 +198,39 @@ def run_folder(config, label):
     name = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
     folder = Path(config["out"] or Path("out", dataset.name, name))
     if not config["out"] and len(os.fsencode(name)) > 200:
-        raise BadInput(f"{name[:40]}... is too long for a folder's name: name one with --out")
+        raise BadInput(f"{name[:40]}... is too long for a folder's name: choose one with --out")
     if dataset.is_absolute() and folder.resolve().is_relative_to(dataset):
-        raise BadInput(f"{folder} lies in the dataset itself: name another --out")
+        raise BadInput(f"{folder} lies in the dataset itself: choose another --out")
     return folder
 
 
 def open_run(folder, config, resume, defaults, ignored):
-    """The state that a run in `folder` left behind to go on from, or None for a fresh start.
+    """The state that a run in `folder` left behind to continue from, or None for a fresh start.
 
-    config: the flags of this run. defaults: of flags that a run in the folder may be too old to
-    know. ignored: flags that may differ.
+    config: the settings of this run. defaults: of settings that a run in the folder may be too old
+    to know. ignored: settings that may differ.
     Raises BadInput if the folder holds the run of another configuration or other files; exits with
     status 0 if `resume` is asked of a run that is finished.
     """
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
     begun, stopped = "result.json" in files, "resume.pt" in files
-    finished = begun and "checkpoint.pt" in files and "checkpoint.tmp" not in files
     foreign = [name for name in files if not name.endswith(".tmp")]
     if foreign and not (begun or stopped):  # beside a run's files, others are left as they are
-        raise BadInput(f"{folder} holds {foreign[0]}, which is no run's: name another --out")
+        raise BadInput(
+            f"{folder} is not empty and holds no run ({foreign[0]}): choose another --out"
+        )
     state, its_config = None, config
     if stopped:
         state = _read_state(folder / "resume.pt")
         its_config = state["config"]
     elif begun:
         its_config = read_result(folder / "result.json")["config"]
-    for flag in sorted(config.keys() - ignored):
-        its_value = its_config.get(flag, defaults.get(flag))
-        if its_value != config[flag]:
+    for name in sorted(config.keys() - ignored):
+        its_value = its_config.get(name, defaults.get(name))
+        if its_value != config[name]:
             raise BadInput(
-                f"{folder} holds a run with {flag} {its_value} instead of {config[flag]}:"
-                " remove it or name another --out"
+                f"{folder} holds a run with {name} {its_value} instead of {config[name]}:"
+                " remove it or choose another --out"
             )
     if not resume:
         if stopped:
@@ -95,23 +238,17 @@ def open_run(folder, config, resume, defaults, ignored):
         elif begun:
             print(f"{folder} holds this run and its evaluations already: they will be replaced")
         return None
-    if finished and not stopped:
+    if begun and not stopped and "checkpoint.pt" in files:
         print(f"the run in {folder} is finished: nothing to resume")
         sys.exit(0)
     print(f"resuming after epoch {state['epoch']}" if state else "nothing to resume: a fresh start")
     return state
 
 
-def check_made_of(folder, state, parts):
-    """A hash of what a run is made of beyond its flags. Raises BadInput if the run to go on with,
-    whose state it is, was made of something else. parts: anything that JSON takes."""
-    made_of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if state and state["made_of"] != made_of:
-        raise BadInput(
-            f"{folder} was stopped while training with other images, templates or CLIP weights:"
-            " remove it or name another --out"
-        )
-    return made_of
+STATE = {  # what a resume.pt holds
+    *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "order_rng"),
+    *("torch_rng", "cuda_rng"),
+}
 
 
 def _read_state(file):
@@ -125,15 +262,55 @@ def _read_state(file):
     return state
 
 
+def check_made_of(folder, state, parts):
+    """A hash of what a run is made of beyond its settings. Raises BadInput if the run to continue,
+    whose state it is, was made of something else. parts: anything that JSON takes."""
+    made_of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if state and state["made_of"] != made_of:
+        raise BadInput(
+            f"{folder} was stopped while training with other images, templates or CLIP weights:"
+            " remove it or choose another --out"
+        )
+    return made_of
+
+
+# -------------------------------------------------------------------------------- a run's result
+
+
+def publish(folder, checkpoint, result):
+    """Puts the files of a finished run in `folder`, in place of an earlier run's, and says so.
+
+    Nothing of an earlier run goes before everything of this one is on disk. `resume.pt` goes last:
+    a run killed in between can still be resumed.
+    """
+    with (
+        replacing(folder / "checkpoint.pt") as new_checkpoint,
+        replacing(folder / "result.json") as new_result,  # renamed before the other
+    ):
+        torch.save(checkpoint, new_checkpoint)
+        new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for name in ("checkpoint.pt", "router.png", "eval_*", "samples_*.png", "why.json"):
+            for stale in folder.glob(name):
+                stale.unlink(missing_ok=True)  # of the run that stood here before
+    (folder / "resume.pt").unlink(missing_ok=True)
+    remove_old_scratch(folder)
+    print(
+        f"after training:  {result['method']} {result['accuracy']:.2f} % on"
+        f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
+    )
+    files = ["checkpoint.pt", "result.json"] + ["router.png"] * bool(result["n_prompts"])
+    print(f"saved in {folder}: {', '.join(files)}")
+
+
 def read_result(path):
     """A `result.json` as a dictionary. Raises BadInput if it is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         numbers = [result[key] for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy")]
         names = [result[key] for key in ("dataset", "classes", "n_prompts", "n_train", "method")]
-        flags = [result["config"][key] for key in ("dataset", "classes", "shots", "seed", "clip")]
+        settings = [result["config"][k] for k in ("dataset", "classes", "shots", "seed", "clip")]
         parts = isinstance(result["router"], dict) and isinstance(result["prompt_usage"], dict)
-        complete = None not in (*numbers, *names, *flags) and parts
+        complete = None not in (*numbers, *names, *settings) and parts
     except (ValueError, KeyError, TypeError, RecursionError):
         complete = False
     if not complete:
@@ -141,89 +318,6 @@ def read_result(path):
     if not {"label", "changed_flags"} <= result.keys():
         raise BadInput(f"{path} is from an older version: remove its folder and run again")
     return result
-
-
-def announce(config, split, model, has_templates):
-    """Prints what is about to be run."""
-    own = split.source == "coop" and split.samples == "own"
-    prompts = f" with {len(model.templates)} prompts, {model.top_k} per image" if model else ""
-    print(
-        f"{split.name}: {len(split.class_names)} {config['classes']} classes, {config['shots']}"
-        f" shots, seed {config['seed']}{' (samples of our own)' if own else ''};"
-        f" CLIP {config['clip']}; {config['method']}{prompts}"
-    )
-    if model:
-        print("prompts: " + " | ".join(model.templates))
-    if config["groups"] == "dataset" and not has_templates:
-        print(f"{split.name} has no templates: SUN397's four groups serve (see --groups)")
-
-
-def describe(config, changed_flags, model, split, classes):
-    """The part of `result.json` that says what was run and on what."""
-    return {
-        "dataset": split.name,
-        "classes": classes,
-        "shots": config["shots"],
-        "seed": config["seed"],
-        "method": config["method"],
-        "label": flags.label(config["method"], changed_flags),
-        "changed_flags": changed_flags,
-        "clip": config["clip"],
-        "n_prompts": len(model.templates),
-        "top_k": model.top_k,
-        "n_classes": len(split.class_names),
-        "n_test": len(split.test),
-        "split": split.source,
-    }
-
-
-def save_torch(content, path):
-    """`torch.save` under a temporary name, renamed when whole."""
-    with replacing(path) as scratch:
-        torch.save(content, scratch)
-
-
-def save_json(content, path):
-    with replacing(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def discard(folder):
-    """Removes the state of a run that cannot go on, and its folder if nothing else is there."""
-    (folder / "resume.pt").unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def publish(folder, checkpoint, result):
-    """Puts the files of a finished run in `folder`, in place of an earlier run's, and says so.
-
-    All are written under temporary names first and then renamed, and `resume.pt` goes when
-    everything is there: a run killed in between can still be resumed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, folder / "checkpoint.tmp")
-    if result["n_prompts"]:
-        from lib.pictures import router_picture  # here: --help need not wait for matplotlib
-
-        router_picture(result, folder / "router.tmp")
-    (folder / "result.tmp").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name in ("eval_*.json", "eval_*.png", "samples_*.png", "why.json"):
-        for stale in folder.glob(name):
-            stale.unlink()  # of the checkpoint that stood here before
-    if result["n_prompts"]:
-        (folder / "router.tmp").replace(folder / "router.png")
-    # A folder with a result is a run's, whatever else there is, so that one comes first.
-    (folder / "result.tmp").replace(folder / "result.json")
-    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
-    for file in (folder / "resume.pt", *folder.glob("*.tmp")):
-        file.unlink(missing_ok=True)
-    print(
-        f"after training:  {result['method']} {result['accuracy']:.2f} % on"
-        f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
-    )
-    files = ["checkpoint.pt", "result.json"] + ["router.png"] * bool(result["n_prompts"])
-    print(f"saved in {folder}: {', '.join(files)}")
 
 
 def find_runs(folder):

@@ -12,13 +12,13 @@ from unittest import mock
 import clip
 import pytest
 import torch
+import torch.nn.functional as F
 from clip.model import CLIP
 from PIL import Image
 
 import eval
 import train
-from lib import cache as feature_cache
-from lib import flags
+from lib import features, report, runs, world
 
 HERE = Path(__file__).parent
 
@@ -28,13 +28,29 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(autouse=True)
-def outside_world(cache, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def outside_world(cache):
     """No test reads or writes the user's feature cache, or reaches the network."""
-    monkeypatch.setattr(feature_cache, "CACHE", cache)
-    for proxy in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "CACHE", cache)
+        patch.setenv("XDG_CACHE_HOME", str(cache))  # of other processes
+        for proxy in ("http_proxy", "https_proxy"):
+            patch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
+        patch.setenv("no_proxy", "127.0.0.1")
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Pictures of runs are empty files: to draw them takes longer than a short run."""
+    for draw in ("router_picture", "samples_picture"):
+        monkeypatch.setattr(report, draw, lambda *what_and_path: what_and_path[-1].touch())
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """The built-in world with a fifth of its test images: 24 per class."""
+    monkeypatch.setitem(world.PER_CLASS, "test", 24)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +118,7 @@ def own_eurosat(eurosat, tmp_path):
     return tmp_path / "data"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(eurosat, random_clip_file):
     """Flags of the smallest task there is: EuroSAT's shortened split and the random CLIP."""
     return f"--dataset eurosat --data {eurosat} --clip {random_clip_file}"
@@ -111,7 +127,7 @@ def small(eurosat, random_clip_file):
 @contextlib.contextmanager
 def stopped_after(epoch):
     """A training inside is stopped right after it has saved the state of an epoch."""
-    save = train.save_torch
+    save = runs.save_torch
 
     def save_and_stop(content, path):
         save(content, path)
@@ -119,30 +135,67 @@ def stopped_after(epoch):
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(train, "save_torch", save_and_stop),
+        mock.patch.object(runs, "save_torch", save_and_stop),
         pytest.raises((KeyboardInterrupt, SystemExit)),  # the second from a command line
     ):
         yield
 
 
-def parse(args):
-    """The flags of a command line of train.py."""
-    return flags.make_parser("", train.FLAGS, train.METHODS).parse_args(list(map(str, args)))
+def unit(*shape, seed=0):
+    """Random unit vectors."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def config_of(*words):
+    """The configuration of a command line of train.py."""
+    return train.configure(list(map(str, words)))[0]
+
+
+def train_run(flags, *more):
+    """Runs train.py in this process: `train_run("--shots 4 --out", path)` -> result.json."""
+    config, resume = train.configure([*flags.split(), *map(str, more)])
+    train.run(config, resume)
+    return json.loads((Path(config["out"]) / "result.json").read_text())
 
 
 @pytest.fixture
 def run_train(tmp_path):
-    """Runs train.py in this process: `run_train("--shots 4 --out", path)` -> result.json."""
+    """`train_run` into the folder `run` of the test's own, unless --out is given."""
 
     def run(flags="", *more):
-        args = [*flags.split(), *map(str, more)]
-        if "--out" not in args:
-            args += ["--out", str(tmp_path / "run")]
-        config, groups, folder, resume = train.resolve(parse(args))
-        train.train(config, groups, folder, resume)
-        return json.loads((folder / "result.json").read_text())
+        out = [] if "--out" in (*flags.split(), *more) else ["--out", tmp_path / "run"]
+        return train_run(flags, *more, *out)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(small, tmp_path_factory):
+    """The folder of a finished run on the smallest task."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_run(f"{small} --shots 1 --epochs 2 --out", folder)
+    return folder
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same_parameters(a, b, tolerance=0.0):
+    """Whether the runs in two folders learned the same: bit for bit, or up to a tolerance, relative
+    to the largest value of each parameter."""
+    a, b = (checkpoint(folder)["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all(
+        ((a[key] - b[key]).abs() <= tolerance * b[key].abs().max()).all()
+        for key in a
+        if a[key].numel()
+    )
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ EUROSAT = [
 SUN397 = [["a photo of a {}."], ["a photo of many {}."], EUROSAT[4], EUROSAT[5]]
 MOCOOP = {
     "groups": EUROSAT, "router": "trained", "top_k": 2, "gate": 1.0, "text": 5.0, "scale": 1.0,
-    "per_template": False, "bias": False, "stop": False, "conditional": False, "side": None,
+    "target": "label", "per_template": False, "bias": False, "stop": False, "conditional": False,
+    "side": None,
     "epochs": 50, "warm_up": 5, "batch": 32, "lr": 0.032, "clip": 1.0, "views": 8, "init": None,
 }  # fmt: skip
 ONE_GROUP = [[template for group in EUROSAT for template in group]]
@@ -171,7 +172,9 @@ def loss_of(model, s, f, labels, names, seen, hard):
     losses = {"image": F.cross_entropy(torch.stack(logits)[:, seen], labels)}
     total, soft = losses["image"], prototypes(hard, s["groups"])
     if s["gate"] and s["router"] == "trained":
-        similar = torch.stack([soft[:, seen][:, y] @ x.detach() for x, y in zip(f, labels)])
+        own = [soft[:, seen][:, y] if s["target"] == "label" else soft[:, seen].mean(1)
+               for y in labels]  # fmt: skip
+        similar = torch.stack([p @ x.detach() for p, x in zip(own, f)])
         best = similar.argsort(dim=-1, descending=True)[:, : min(s["top_k"], len(soft))]
         target = torch.stack([row.index_add(0, b, torch.full((len(b),), 10.0)) for row, b in
                               zip(similar, best)]).softmax(-1)  # fmt: skip

@@ -1,29 +1,29 @@
 """Loading a CLIP: every kind of file, and what is not one."""
 
 import copy
-import hashlib
 import warnings
 
-import clip
 import pytest
 import torch
 from clip.model import CLIP
 
 from lib import clip_model
 from lib.clip_model import load_clip
-from lib.errors import BadInput
+from lib.runs import BadInput
 
 
-def weights_equal(model, other):
-    pairs = zip(model.state_dict().items(), other.state_dict().items())
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+def check_weights(model, expected):
+    """To the last bit: loading computes nothing."""
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].float(), w.float()) for name, w in expected.items())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_state_dict_in_fp32_keeps_every_bit(random_clip, random_clip_file):
     model, _ = load_clip(random_clip_file, "cpu")
-    assert weights_equal(model, random_clip)
-    assert not any(p.requires_grad for p in model.parameters())
-    assert not model.training
+    check_weights(model, random_clip.state_dict())
 
 
 def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, tmp_path):
@@ -33,9 +33,8 @@ def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, tmp_path):
         archive = torch.jit.trace(copy.deepcopy(random_clip), inputs, check_trace=False)
         torch.jit.save(archive.half(), tmp_path / "archive.pt")
     model, fingerprint = load_clip(tmp_path / "archive.pt", "cpu")
-    assert model.text_projection.dtype == torch.float32
-    rounded = {k: v.half().float() for k, v in random_clip.state_dict().items()}
-    assert all(torch.equal(v, rounded[k]) for k, v in model.state_dict().items())
+    rounded = {name: weight.half() for name, weight in random_clip.state_dict().items()}
+    check_weights(model, rounded)
     # The same weights in another kind of file are the same CLIP.
     torch.save(rounded, tmp_path / "rounded.pt")
     assert load_clip(tmp_path / "rounded.pt", "cpu")[1] == fingerprint
@@ -45,9 +44,9 @@ def test_a_resnet_clip_loads_and_encodes(tmp_path):
     resnet = CLIP(64, 64, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
     torch.save(resnet.state_dict(), tmp_path / "resnet.pt")
     model, _ = load_clip(tmp_path / "resnet.pt", "cpu")
+    check_weights(model, resnet.state_dict())
     assert model.visual.input_resolution == 64
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model.encode_image(images), resnet.eval().encode_image(images))
+    assert model.encode_image(torch.randn(2, 3, 64, 64)).shape == (2, 64)
 
 
 def test_other_weights_have_another_fingerprint(random_clip, random_clip_file, tmp_path):
@@ -80,39 +79,9 @@ def test_an_unknown_name_gets_the_nearest_one():
         load_clip("ViT-B/61", "cpu")
 
 
-def test_without_network_an_openai_name_says_where_the_file_belongs(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
-    with pytest.raises(BadInput, match="put that file at .*ViT-B-16.pt or name another"):
-        load_clip("ViT-B/16", "cpu")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_damaged_download_is_fetched_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
     (tmp_path / "ViT-B-16.pt").write_bytes(b"half a download")
-    with pytest.raises(BadInput, match="cannot download"):
+    with pytest.raises(BadInput, match="put that file at .*ViT-B-16.pt or name another"):
         load_clip("ViT-B/16", "cpu")
     assert "is damaged" in capsys.readouterr().out
-
-
-def test_a_whole_download_is_taken_as_it_is(tmp_path, monkeypatch, random_clip_file, capsys):
-    content = random_clip_file.read_bytes()
-    url = f"https://nobody.invalid/{hashlib.sha256(content).hexdigest()}/ViT-B-16.pt"
-    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/16", url)
-    monkeypatch.setattr(clip_model, "CLIP_CACHE", tmp_path)
-    (tmp_path / "ViT-B-16.pt").write_bytes(content)
-    assert load_clip("ViT-B/16", "cpu")[1] == load_clip(random_clip_file, "cpu")[1]
-    assert capsys.readouterr().out == ""
-
-
-def test_the_bundled_clip_names_the_word_it_has_never_seen():
-    from prompts import SoftPrompts, template_features
-
-    model, _ = load_clip("bundled", "cpu")
-    with pytest.raises(BadInput, match="never seen the word 'painting'"):
-        template_features(model, ["a painting of a {}."], ["red circle"])
-    with pytest.raises(BadInput, match="never seen the word 'zebra'"):
-        template_features(model, ["a photo of a {}."], ["red zebra"])
-    prompts = SoftPrompts(model, ["a photo of a {}."])
-    with pytest.raises(BadInput, match="never seen the word 'zebra'"):
-        prompts.set_classes(model, ["red circle", "blue zebra"])

@@ -2,22 +2,15 @@
 
 import gzip
 import json
-import shutil
-import zipfile
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from conftest import HERE
-from torchvision.datasets.utils import calculate_md5
 
 from data import Item, Split, few_shot, load_split, select_classes
-from lib import fetch
 from lib.catalogue import DATASETS
-from lib.errors import BadInput
+from lib.runs import BadInput
 
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
 
@@ -40,16 +33,6 @@ def test_eurosat_loads_from_the_fields_layout(eurosat):
     for item in split.train + split.val + split.test:
         folder = {0: "AnnualCrop", 3: "Highway", 9: "SeaLake"}.get(item.label)
         assert folder is None or item.path.startswith(f"2750/{folder}/{folder}_")
-
-
-def test_underscores_in_class_names_become_spaces(own_eurosat):
-    def underscore(split):
-        for part in split.values():
-            for entry in part:
-                entry[2] = entry[2].replace(" ", "_")
-
-    change_split(own_eurosat, underscore)
-    assert load_split("eurosat", own_eurosat).class_names[:4] == NAMES
 
 
 def test_an_unknown_dataset_gets_the_nearest_name(tmp_path):
@@ -95,6 +78,14 @@ def test_a_class_without_images_is_named(own_eurosat, part):
         load_split("eurosat", own_eurosat)
 
 
+def test_one_list_of_another_length_is_enough_to_say_so(eurosat, monkeypatch, capsys):
+    for counts, said in (((80, 50, 31), True), ((80, 50, 30), False)):
+        row = replace(DATASETS["eurosat"], counts=counts)
+        monkeypatch.setitem(DATASETS, "eurosat", row)
+        assert (load_split("eurosat", eurosat).samples == "own") == said
+        assert ("NOT comparable" in capsys.readouterr().out) == said
+
+
 # ------------------------------------------------------------------------- few-shot, base, new
 
 
@@ -104,14 +95,6 @@ def real_eurosat():
         part: [Item(f"2750/{path}", label) for path, label, _ in content[part]] for part in content
     }
     return Split("eurosat", Path("eurosat"), "coop", [str(i) for i in range(10)], **lists, test=[])
-
-
-@pytest.mark.parametrize("shots", [1, 4, 16])
-def test_few_shot_samples_are_the_fields_own_to_the_last_image(shots):
-    expected = json.loads((HERE / "eurosat_fewshot_seed1.json").read_text())[str(shots)]
-    sample = few_shot(real_eurosat(), shots, seed=1)
-    assert [list(item) for item in sample.train] == expected["train"]
-    assert [list(item) for item in sample.val] == expected["val"]
 
 
 def test_few_shot_images_are_drawn_before_the_cut_to_base_or_new():
@@ -145,109 +128,3 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_says_so(capsys):
     sample = few_shot(Split("d", None, "coop", ["cat", "dog"], items, [], items), 4, 1)
     assert [i.label for i in sample.train] == [0, 0, 0, 0, 1, 1]
     assert "1 classes have fewer than 4 images and give all (dog ...)" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------- fetching
-
-
-@pytest.fixture
-def server(eurosat, tmp_path):
-    """A local stand-in for the places that EuroSAT comes from: (folder it serves, address)."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    with zipfile.ZipFile(folder / "EuroSAT.zip", "w") as archive:
-        for file in (eurosat / "eurosat/2750").rglob("*.jpg"):
-            archive.write(file, file.relative_to(eurosat / "eurosat"))
-    handler = partial(SimpleHTTPRequestHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        Thread(target=httpd.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_address[1]}"
-        httpd.shutdown()
-
-
-def use_server(monkeypatch, folder, address, drive=None, counts=(80, 50, 30), md5=None):
-    """Points the table's row at the server, and Google Drive at `drive`, a function."""
-    md5 = md5 or calculate_md5(folder / "EuroSAT.zip")
-    archive = (f"{address}/EuroSAT.zip", md5)
-    row = replace(DATASETS["eurosat"], archive=archive, counts=counts)
-    monkeypatch.setitem(DATASETS, "eurosat", row)
-
-    def no_network(*args):
-        raise OSError("no network")
-
-    monkeypatch.setattr(fetch, "download_file_from_google_drive", drive or no_network)
-
-
-def test_eurosat_and_its_split_are_fetched_into_the_fields_layout(
-    eurosat, server, tmp_path, monkeypatch
-):
-    def drive(drive_id, folder, name):
-        assert drive_id == "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o"
-        shutil.copy(eurosat / "eurosat" / name, folder)
-
-    use_server(monkeypatch, *server, drive)
-    fetched = load_split("eurosat", tmp_path / "new")
-    assert fetched.source == "coop"
-    assert fetched.train == load_split("eurosat", eurosat).train
-    found = sorted(p.name for p in (tmp_path / "new/eurosat").iterdir())
-    assert found == ["2750", "split_zhou_EuroSAT.json"]  # nothing temporary is left
-
-
-def test_what_lies_beside_the_images_never_replaces_a_file_that_is_there(
-    server, tmp_path, monkeypatch
-):
-    with zipfile.ZipFile(server[0] / "EuroSAT.zip", "a") as archive:
-        archive.writestr("notes.txt", "theirs")
-        archive.writestr("licence.txt", "theirs")
-    use_server(monkeypatch, *server)
-    (tmp_path / "new/eurosat").mkdir(parents=True)
-    (tmp_path / "new/eurosat/notes.txt").write_text("mine")
-    load_split("eurosat", tmp_path / "new")
-    assert (tmp_path / "new/eurosat/notes.txt").read_text() == "mine"
-    assert (tmp_path / "new/eurosat/licence.txt").read_text() == "theirs"
-
-
-def test_a_damaged_archive_is_never_half_used(server, tmp_path, monkeypatch):
-    use_server(monkeypatch, *server, md5="0" * 32)
-    with pytest.raises(BadInput, match="no images at .*2750, and downloading .*EuroSAT.zip failed"):
-        load_split("eurosat", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_split_with_wrong_counts_is_not_taken(eurosat, server, tmp_path, monkeypatch, capsys):
-    def drive(drive_id, folder, name):
-        shutil.copy(eurosat / "eurosat" / name, folder)
-
-    use_server(monkeypatch, *server, drive, counts=(13500, 5400, 8100))
-    assert load_split("eurosat", tmp_path / "new").source == "seeded"
-    assert "it lists (80, 50, 30) images" in capsys.readouterr().out
-
-
-def test_one_list_of_another_length_is_enough_to_say_so(eurosat, monkeypatch, capsys):
-    for counts, said in (((80, 50, 31), True), ((80, 50, 30), False)):
-        row = replace(DATASETS["eurosat"], counts=counts)
-        monkeypatch.setitem(DATASETS, "eurosat", row)
-        assert (load_split("eurosat", eurosat).samples == "own") == said
-        assert ("NOT comparable" in capsys.readouterr().out) == said
-
-
-def test_without_the_split_a_seeded_one_stands_in_and_says_so(
-    eurosat, server, tmp_path, monkeypatch, capsys
-):
-    use_server(monkeypatch, *server)
-    split = load_split("eurosat", tmp_path / "new")
-    assert "NOT comparable" in capsys.readouterr().out
-    assert split.source == "seeded"
-    assert split.class_names == load_split("eurosat", eurosat).class_names  # the split file's
-    # 16 images a class: round(0.5 x 16), round(0.2 x 16), the rest
-    assert (len(split.train), len(split.val), len(split.test)) == (80, 30, 50)
-    assert split == load_split("eurosat", tmp_path / "new")
-
-
-def test_without_network_and_files_one_line_says_what_to_do(tmp_path):
-    with pytest.raises(BadInput) as error:
-        load_split("eurosat", tmp_path / "new")
-    said = str(error.value)
-    assert "\n" not in said
-    assert str(tmp_path / "new/eurosat/2750") in said and "--data" in said and "https://" in said
-    assert not (tmp_path / "new").exists()

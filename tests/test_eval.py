@@ -1,59 +1,51 @@
-"""Runs evaluated elsewhere, and tables over runs."""
+"""Runs evaluated elsewhere, and what eval.py prints."""
 
 import json
 import shutil
 from zipfile import ZipFile
 
-import numpy as np
 import pytest
 import torch
-from conftest import draw_image
+from conftest import checkpoint, draw_image
 
 import eval
-from lib import pictures
-from lib.errors import BadInput
+from lib import report
+from lib.runs import BadInput
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_a_run_on_its_own_test_images_repeats_its_result(run_train, tmp_path):
-    trained = run_train("--shots 2 --epochs 2 --text-bias")
-    again = eval.evaluate(tmp_path / "run")
-    for key in trained:
-        if key != "val_accuracy":
-            assert again[key] == trained[key], key
-    written = {"eval_shapes_all.json", "eval_shapes_all.png", "samples_shapes_all.png"}
-    assert written <= {f.name for f in (tmp_path / "run").iterdir()}
+def test_a_run_on_its_own_test_images_repeats_its_result(own_run):
+    trained = json.loads((own_run / "result.json").read_text())
+    again = eval.evaluate(own_run)
+    assert again == trained | {"val_accuracy": None}
+    assert json.loads((own_run / "eval_eurosat_all.json").read_text()) == again
+    written = {"eval_eurosat_all.json", "eval_eurosat_all.png", "samples_eurosat_all.png"}
+    assert written <= {f.name for f in own_run.iterdir()}
 
 
-def test_new_class_names_go_into_the_learned_prompts(run_train, tmp_path):
-    base = run_train("--shots 4 --epochs 3 --classes base")
-    new = eval.evaluate(tmp_path / "run", classes="new")
-    assert not set(base["per_class_accuracy"]) & set(new["per_class_accuracy"])
-    assert new["classes"] == "new" and new["n_test"] == 1200 and new["n_train"] == 40
-    assert new["accuracy"] > 20  # 10 is chance
-    stored = json.loads((tmp_path / "run/eval_shapes_new.json").read_text())
-    assert stored == new
+def test_a_setting_that_is_younger_than_the_run_has_its_default(own_run):
+    stored = checkpoint(own_run)
+    accuracy = eval.evaluate(own_run)["accuracy"]
+    for name in ("text_encoder", "text_scale", "conditional", "full_stop", "chunk"):
+        del stored["config"][name]
+    del stored["prompt_names"]
+    torch.save(stored, own_run / "checkpoint.pt")
+    run = eval.load_run(own_run)
+    assert run.config["text_encoder"] == "fast" and run.config["text_scale"] == 1.0
+    assert run.config["conditional"] is run.config["full_stop"] is False
+    assert eval.evaluate(own_run)["accuracy"] == accuracy
 
 
-def test_a_router_picture_over_classes_for_real_images(
-    run_train, eurosat, random_clip_file, tmp_path
-):
-    run_train(f"--dataset eurosat --epochs 1 --data {eurosat} --clip {random_clip_file}")
-    result = eval.evaluate(tmp_path / "run", classes="base")
-    assert result["router"]["rows"] == list(result["per_class_accuracy"])
-    assert np.allclose(np.sum(result["router"]["share"], axis=1), 1, atol=1e-3)
-
-
-def test_a_checkpoint_from_another_clip_is_refused(run_train, random_clip_file, tmp_path):
-    run_train("--shots 1 --epochs 1")
+def test_a_checkpoint_from_another_clip_is_refused(finished_run):
     with pytest.raises(BadInput, match="was trained with another CLIP than"):
-        eval.evaluate(tmp_path / "run", clip=random_clip_file)
+        eval.load_run(finished_run, clip="bundled")
 
 
-def test_what_is_no_run_is_refused(run_train, tmp_path):
+def test_what_is_no_run_is_refused(own_run, tmp_path):
     with pytest.raises(BadInput, match="holds no finished run"):
-        eval.evaluate(tmp_path)
-    run_train("--shots 1 --epochs 1")
-    file = tmp_path / "run/checkpoint.pt"
+        eval.load_run(tmp_path)
+    file = own_run / "checkpoint.pt"
     whole = file.read_bytes()
     with ZipFile(file) as archive:  # a byte inside the largest tensor
         record = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -65,23 +57,26 @@ def test_what_is_no_run_is_refused(run_train, tmp_path):
     ):
         file.write_bytes(damaged)
         with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
-            eval.evaluate(tmp_path / "run")
+            eval.load_run(own_run)
     file.write_bytes(whole)
-    lacking = torch.load(file, weights_only=True)
+    lacking = checkpoint(own_run)
     del lacking["model"]["router.gate.bias"]
-    torch.save(lacking, file)
-    with pytest.raises(BadInput, match="checkpoint.pt does not fit the run it names"):
-        eval.evaluate(tmp_path / "run")
-    torch.save({}, file)
-    with pytest.raises(BadInput, match="checkpoint.pt lacks 'config'"):
-        eval.evaluate(tmp_path / "run")
+    for content, said in ((lacking, "does not fit the run it names"), ({}, "lacks 'config'")):
+        torch.save(content, file)
+        with pytest.raises(BadInput, match=f"checkpoint.pt {said}"):
+            eval.load_run(own_run)
+
+
+def draw_folder(folder):
+    """A dataset of one's own."""
+    for name in ("cat", "dog"):
+        for i in range(6):
+            draw_image(folder / name / f"{i}.jpg", f"{name}{i}")
 
 
 def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file, tmp_path):
     for root in ("a", "b"):
-        for name in ("cat", "dog"):
-            for i in range(6):
-                draw_image(tmp_path / root / "photos" / name / f"{i}.jpg", f"{name}{i}")
+        draw_folder(tmp_path / root / "photos")
     flags = f"--epochs 1 --views 1 --clip {random_clip_file} --dataset"
     own = run_train(flags, tmp_path / "a/photos/")
     again = eval.evaluate(tmp_path / "run", dataset=str(tmp_path / "b/../a/photos"))
@@ -97,7 +92,9 @@ def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file,
         ("run --table out", "name a RUN, or --table DIR, or --plots DIR"),
         ("--table nowhere", "there is no folder nowhere"),
         ("nowhere", "nowhere holds no finished run"),
-        ("--table . --words", "--words means nothing here"),
+        ("--table . --words", "--words has no effect here"),
+        ("run --names cat,dog", "--names has no effect here"),
+        ("run --words --classes new", "--classes has no effect here"),
     ],
 )
 def test_bad_input_gets_one_line(flags, said, tmp_path, monkeypatch, run_eval):
@@ -107,33 +104,31 @@ def test_bad_input_gets_one_line(flags, said, tmp_path, monkeypatch, run_eval):
 
 
 def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
-    run_train, small, tmp_path, run_eval
+    own_run, run_train, small, tmp_path, run_eval
 ):
-    out = tmp_path / "out"
-    result = run_train(f"{small} --shots 1 --epochs 2 --out", out / "a")
-    status, lines, _ = run_eval("--table", out)
+    result = json.loads((own_run / "result.json").read_text())
+    status, lines, _ = run_eval("--table", tmp_path)
     assert status == 0 and any(f"| {result['accuracy']:.1f} |" in line for line in lines)
-    status, lines, errors = run_eval("--plots", out)
+    status, lines, errors = run_eval("--plots", tmp_path)
     assert status == 2 and lines == [] and "nothing to draw below" in errors[0]
-    status, lines, _ = run_eval(out / "a", "--words")
+    status, lines, _ = run_eval(own_run, "--words")
     first, *vectors = lines[: lines.index("a photo of a {}.")]
     assert status == 0 and first == "a centered satellite photo of {}."
     assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
-    behind = "--init", "a {} of a nice kind", "--out", out / "b"
+    behind = "--init", "a {} of a nice kind", "--out", tmp_path / "behind"
     run_train(f"{small} --shots 1 --epochs 1 --one-group", *behind)
-    _, lines, _ = run_eval(out / "b", "--words")
+    _, lines, _ = run_eval(tmp_path / "behind", "--words")
     words = [line.split()[:2] for line in lines[1:]]
     assert words == [["v1", "a"], ["v2", "of"], ["v3", "a"], ["v4", "nice"], ["v5", "kind"]]
 
 
-def test_pictures_go_where_the_runs_are(run_train, small, tmp_path, run_eval, monkeypatch):
-    run_train(f"{small} --shots 1 --epochs 1 --out", tmp_path / "out/a")
+def test_pictures_go_where_the_runs_are(own_run, run_eval, monkeypatch):
     monkeypatch.setattr(
-        pictures, "draw_pictures", lambda runs, folder: (folder / "x.png").touch() or ["x.png"]
+        report, "draw_pictures", lambda runs, folder: (folder / "x.png").touch() or ["x.png"]
     )
-    status, lines, _ = run_eval("--plots", tmp_path / "out")
-    assert (status, lines) == (0, [f"saved in {tmp_path / 'out'}: x.png"])
-    assert (tmp_path / "out/x.png").exists()
+    status, lines, _ = run_eval("--plots", own_run.parent)
+    assert (status, lines) == (0, [f"saved in {own_run.parent}: x.png"])
+    assert (own_run.parent / "x.png").exists()
 
 
 def test_every_prompt_with_a_weight_is_told():
@@ -159,15 +154,13 @@ def test_a_run_whose_files_have_moved_is_told_where_they_are(
     again = json.loads((run / "eval_eurosat_all.json").read_text())
     assert again["accuracy"] == result["accuracy"]
     status, _, errors = run_eval(run, "--clip", moved)
-    assert status == 2 and "no images at" in errors[0]
+    assert status == 2 and "cannot download" in errors[0]
 
 
 def test_a_run_finds_its_files_from_any_folder(
     run_train, random_clip_file, tmp_path, monkeypatch, capsys
 ):
-    for name in ("cat", "dog"):
-        for i in range(6):
-            draw_image(tmp_path / f"photos/{name}/{i}.jpg", f"{name}{i}")
+    draw_folder(tmp_path / "photos")
     (tmp_path / "mine.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
     shutil.copy(random_clip_file, tmp_path / "clip.pt")
     (tmp_path / "deep").mkdir()
@@ -183,5 +176,5 @@ def test_a_run_finds_its_files_from_any_folder(
         assert result["changed_flags"].keys() == {"clip", "epochs", "groups", "views"}
     assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
     assert "SUN397" not in capsys.readouterr().out  # whose templates serve who has none
-    with pytest.raises(BadInput, match="run lies in the dataset itself: name another --out"):
+    with pytest.raises(BadInput, match="run lies in the dataset itself: choose another --out"):
         run_train(f"{flags} --shots 1 --out ../photos/run")

@@ -1,54 +1,76 @@
-"""The order of the house: what imports what, how long a file may be, what a visitor sees first."""
+"""The order of the house: which file may import which, and what each of them waits for."""
 
 import ast
-from pathlib import Path
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import HERE
 
-ROOT = Path(__file__).parents[1]
+ROOT = HERE.parent
 SCRIPTS = {"prompts", "router", "losses", "data", "train", "eval"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("tools/*.py")]
 
 
-def module_name(file):
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
-
-
-MODULES = {module_name(file): file for file in FILES}
-
-
 def imports(file):
-    """The modules of this project that a file imports, wherever in the file it does."""
+    """Everything that a file imports, wherever in the file it does; `from a import b` may be both
+    a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return found & MODULES.keys()
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
-def test_the_top_level_is_the_method():
-    assert {file.stem for file in ROOT.glob("*.py")} >= SCRIPTS
+IMPORTS = {".".join(f.relative_to(ROOT).with_suffix("").parts): imports(f) for f in FILES}
+OURS = {name: found & IMPORTS.keys() - {name} for name, found in IMPORTS.items()}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_lib_imports_no_script_and_nobody_imports_tools(name):
-    for other in imports(MODULES[name]):
-        assert not other.startswith("tools") or name.startswith("tools")
-        assert not (name.startswith("lib") and other in SCRIPTS)
+def run_alone(*words, folder):
+    """What a Python of its own prints, which finds no other modules than those in the folder."""
+    command, environment = [sys.executable, *words], {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_lib_imports_no_script_and_only_tests_import_tools():
+    assert OURS.keys() >= SCRIPTS
+    for name, others in OURS.items():
+        assert not name.startswith("lib.") or not others & SCRIPTS, name
+        assert name.startswith("tools.") or not any(o.startswith("tools.") for o in others), name
 
 
 def test_imports_have_no_circles():
-    below = {name: imports(file) - {name} for name, file in MODULES.items()}
+    below = dict(OURS)
     while below:
-        ready = {name for name, others in below.items() if not others}
+        ready = {name for name, others in below.items() if not others & below.keys()}
         assert ready, f"a circle among {sorted(below)}"
-        below = {name: others - ready for name, others in below.items() if name not in ready}
+        below = {name: others for name, others in below.items() if name not in ready}
 
 
-def test_the_method_depends_on_torch_and_little_else():
-    assert imports(MODULES["router"]) == imports(MODULES["losses"]) == set()
-    assert {name for name in imports(MODULES["prompts"]) if not name.startswith("lib")} == set()
-    assert {name for name in imports(MODULES["data"]) if not name.startswith("lib")} == set()
+@pytest.mark.parametrize("name", ["prompts", "router", "losses"])
+def test_the_method_imports_torch_and_clip_alone(name):
+    outside = {other.split(".")[0] for other in IMPORTS[name]} - sys.stdlib_module_names
+    assert outside <= {"torch", "clip", "prompts", "router", "losses"}
+
+
+def test_the_method_can_be_taken_along(tmp_path):
+    for file in ("prompts.py", "router.py", "losses.py", "tests/alone.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    lines = [line.split() for line in run_alone("alone.py", folder=tmp_path)]
+    (image, gate, text), (last_image, last_gate, last_text) = (
+        map(float, line[1::2]) for line in (lines[0], lines[-1])
+    )
+    assert last_image < 0.7 * image and last_gate < 0.97 * gate and last_text < 0.9 * text
+
+
+def test_train_starts_without_what_takes_long_to_import():
+    slow = "{'matplotlib', 'torchvision', 'clip'}"
+    said = run_alone("-c", f"import sys, train; print({slow} & sys.modules.keys())", folder=ROOT)
+    assert said == ["set()"]

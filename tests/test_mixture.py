@@ -4,77 +4,65 @@ import copy
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from conftest import parse
+from conftest import config_of, unit
 
+import losses
 import router
 import train
-from lib.images import StoredFeatures
-from lib.progress import Progress
+from lib import parallel
+from lib.features import CachedImages
 from prompts import template_features
 from router import Router
 
-GROUPS = [["a photo of a {}."], ["{} texture."], ["a sketch of a {}."]]
+GROUPS = [["a photo of a {}."], ["{} texture."], ["a sketch of a {}.", "a drawing of a {}."]]
 NAMES = ["cat", "sea", "Annual Crop Land"]
+IMAGES, LABELS = unit(32, 64), torch.arange(32) % 3
 
 
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def make(clip_model, *words, names=NAMES):
+    """A mixture, always with the same start."""
+    config = config_of(*words)
+    groups = [[t for group in GROUPS for t in group]] if config["one_group"] else GROUPS
+    torch.manual_seed(3)
+    return train.make_model(clip_model, groups, names, config)
 
 
-def config_of(*flags):
-    return train.resolve(parse(flags))[0]
+def hard_text(clip_model, groups=GROUPS):
+    templates = [template for group in groups for template in group]
+    return train.hard_text(template_features(clip_model, templates, NAMES), groups)
+
+
+def fit(model, **options):
+    hard = hard_text(*model.prompts.frozen)
+    return train.fit(model, CachedImages(IMAGES), LABELS, hard, **options)
 
 
 @pytest.fixture
 def model(random_clip):
-    torch.manual_seed(0)
-    model = train.make_model(random_clip, GROUPS, config_of())
-    model.prompts.set_classes(random_clip, NAMES)
-    return model
-
-
-def test_the_forward_pass_is_the_method_written_out(model, random_clip):
-    f = unit(5, 64)
-    gate_logits, weights, text_features, logits = model(f)
-    t = model.prompts.text_features(random_clip)
-    assert torch.equal(text_features, t)
-    for b in range(5):
-        scores = model.router.gate.weight @ f[b] + model.router.gate.bias
-        assert torch.allclose(gate_logits[b], scores, atol=1e-6)
-        best = scores.argsort(descending=True)[:2]
-        w = torch.softmax(scores[best], dim=0)
-        assert torch.allclose(weights[b, best], w, atol=1e-6) and weights[b].count_nonzero() == 2
-        mixed = w[0] * t[best[0]] + w[1] * t[best[1]]  # (C, D), not normalised again
-        expected = random_clip.logit_scale.exp() * mixed @ f[b]
-        assert torch.allclose(logits[b], expected, atol=1e-4)
+    return make(random_clip)
 
 
 def test_logits_may_be_those_of_some_classes_and_text_features_stay_complete(model):
     f = unit(5, 64)
     whole, part = model(f), model(f, slice(1, 3))
-    assert part[2].shape == (3, 3, 64)
-    assert torch.equal(part[3], whole[3][:, 1:3])
+    assert part.text_features.shape == (3, 3, 64)
+    # Products of other shapes are summed in another order on some processors.
+    assert torch.allclose(part.logits, whole.logits[:, 1:3], atol=1e-5)
 
 
 def test_text_features_that_are_given_are_used_and_not_computed(model, monkeypatch):
     f, given = unit(5, 64), unit(3, 3, 64, seed=1)
     monkeypatch.setattr(model, "text_features", None)
-    _, weights, text_features, logits = model(f, text_features=given)
-    assert text_features is given
-    expected = model.logit_scale * torch.einsum("bg,gcd,bd->bc", weights, given, f)
-    assert torch.allclose(logits, expected, atol=1e-4)
+    outputs = model(f, text_features=given)
+    assert outputs.text_features is given
+    expected = model.logit_scale * torch.einsum("bg,gcd,bd->bc", outputs.weights, given, f)
+    assert torch.allclose(outputs.logits, expected, atol=1e-4)
 
 
-def test_only_selected_prompts_are_encoded_if_nobody_reads_the_others(model):
-    f = unit(1, 64)
-    _, weights, whole, logits = model(f)
-    _, _, some, same = model(f, only="selected")
-    chosen = weights[0] > 0
-    assert torch.allclose(some[chosen], whole[chosen], atol=1e-6)
-    assert some[~chosen].abs().max() == 0
-    assert torch.allclose(same, logits, atol=1e-4)
+def test_prompts_that_start_at_random_start_apart(random_clip):
+    starts = torch.stack(list(make(random_clip, "--init", "random").prompts.context_before))
+    assert starts.shape == (3, 16, 64)
+    assert torch.cdist(starts.flatten(1), starts.flatten(1)).fill_diagonal_(1.0).min() > 0.1
 
 
 def test_the_frozen_clip_is_no_part_of_what_is_trained(model, random_clip):
@@ -90,203 +78,147 @@ def test_the_frozen_clip_is_no_part_of_what_is_trained(model, random_clip):
     assert not any(p.requires_grad for p in random_clip.parameters())
 
 
-def test_training_is_in_training_mode_and_predictions_are_not(model, monkeypatch):
-    modes = []
-    forward = Router.forward
-
-    def spy(self, f):
-        modes.append(self.training)
-        return forward(self, f)
-
-    monkeypatch.setattr(Router, "forward", spy)
-    fit(model, config_of("--epochs", 1), lambda snapshot: None)
-    assert modes == [True]
-    model.predict(NAMES, unit(4, 64))
-    assert modes == [True, False]
+def test_training_leaves_clip_whole(random_clip):
+    before, visual = copy.deepcopy(random_clip.state_dict()), random_clip.visual
+    fit(make(random_clip, "--epochs", 1))
+    assert random_clip.visual is visual
+    for name, value in random_clip.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
-def test_an_unknown_kind_of_router_is_an_error():
-    with pytest.raises(ValueError, match="no router of the kind 'clairvoyant'"):
-        Router(4, 3, 2, "clairvoyant")
+def test_every_epoch_is_saved_and_the_seconds_before_a_stop_count(random_clip):
+    states = []
+    model = make(random_clip, "--epochs", 3)
+    fit(model, save=lambda state: states.append(copy.deepcopy(state)))
+    assert [state["epoch"] for state in states] == [1, 2, 3] and not model.training
+    stopped = states[1] | {"seconds": 1000.0}
+    seconds, usage = fit(make(random_clip, "--epochs", 3), state=stopped)
+    assert 1000 < seconds < 1010 and usage == states[-1]["usage"]
 
 
-# ------------------------------------------------------------------------------------- forks
+def test_the_epochs_line_shows_every_loss_as_weight_times_value_and_their_sum(model, capsys):
+    history = [
+        {"image": (1.0, torch.tensor(1.5)), "entropy": (-2.0, torch.tensor(entropy))}
+        for entropy in (0.2, 0.4)
+    ]
+    share = train.print_epoch(0, model, 0.01, history, torch.tensor([16.0, 44.0, 4.0]))
+    line = capsys.readouterr().out
+    assert "loss 0.900 = image 1 x 1.500 + entropy -2 x 0.300  prompts 25 69  6 %" in line
+    assert share == [0.25, 0.6875, 0.0625]
 
 
-def fit(model, config, save, state=None):
-    """Trains on 32 images of three classes."""
-    features, labels = unit(32, 64), torch.arange(32) % 3
-    clip_model, groups = model.clip_model, GROUPS[: len(model.templates)]
-    hard_features = template_features(clip_model, [group[0] for group in groups], NAMES)
-    stored = StoredFeatures(features)
-    return train.fit(model, config, groups, hard_features, slice(None), stored, labels, save, state)
+# --------------------------------------------------------------------------------------- forks
 
 
 class NoisyRouter(Router):
-    """A fourth kind: Gaussian noise on the gate's logits, in training only."""
+    """A router of one's own, which sees images through noise while it is trained."""
 
     def forward(self, image_features):
-        kept = self.gate.bias.data
         if self.training:
-            self.gate.bias.data = kept + torch.randn(self.n_prompts)
-        try:
-            return super().forward(image_features)
-        finally:
-            self.gate.bias.data = kept
+            image_features = image_features + 0.1 * torch.randn_like(image_features)
+        return super().forward(image_features)
 
 
 @pytest.fixture
-def noisy(monkeypatch, random_clip):
-    """Makes a new mixture with a noisy router, always from the same start."""
-    monkeypatch.setattr(router, "KINDS", (*router.KINDS, "noisy"))
-    monkeypatch.setattr(train, "Router", NoisyRouter)
-
-    def make():
-        torch.manual_seed(3)
-        model = train.make_model(random_clip, GROUPS, config_of() | {"router": "noisy"})
-        model.prompts.set_classes(random_clip, NAMES)
-        return model
-
-    return make
+def noisy(monkeypatch):
+    monkeypatch.setitem(router.ROUTERS, "noisy", NoisyRouter)
+    return "--router", "noisy", "--warm-up", 0, "--epochs"
 
 
-def test_a_new_kind_of_router_is_trained_and_guided(noisy, capsys):
-    model = noisy()
-    before = model.router.gate.weight.detach().clone()
-    fit(model, config_of("--epochs", 2, "--warm-up", 0), lambda snapshot: None)
-    assert (model.router.gate.weight - before).abs().max() > 1e-4
+def test_a_router_of_ones_own_is_trained_and_guided(noisy, random_clip, capsys):
+    start, model = make(random_clip, *noisy, 2), make(random_clip, *noisy, 2)
+    fit(model)
+    assert (model.router.gate.weight - start.router.gate.weight).abs().max() > 1e-4
     assert capsys.readouterr().out.count(" + gate 1 x ") == 2
-    once, again = (model.predict(NAMES, unit(9, 64))[1] for _ in range(2))
+    once, again = (model.logits(unit(9, 64))[1] for _ in range(2))
     assert torch.equal(once, again)  # no noise
 
 
-def test_what_a_router_draws_goes_on_bit_for_bit_after_an_interruption(noisy):
-    config, states = config_of("--epochs", 4, "--warm-up", 0), []
-    whole, parts = noisy(), noisy()
-    fit(whole, config, lambda snapshot: states.append(copy.deepcopy(snapshot)))
+def test_what_a_router_draws_goes_on_bit_for_bit_after_an_interruption(noisy, random_clip):
+    states, whole, parts = [], make(random_clip, *noisy, 3), make(random_clip, *noisy, 3)
+    fit(whole, save=lambda state: states.append(copy.deepcopy(state)))
     torch.manual_seed(99)  # another process
-    fit(parts, config, lambda snapshot: None, states[1])
+    fit(parts, state=states[0])
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
-    fit(noisy(), config, lambda snapshot: states.append(copy.deepcopy(snapshot)))
-    assert torch.equal(
-        states[-1]["model"]["router.gate.weight"], whole.state_dict()["router.gate.weight"]
-    )
 
 
-def test_the_epochs_line_shows_every_loss_as_weight_times_value_and_their_sum(capsys):
-    parts = {"model": nn.Linear(1, 1)}
-    progress = Progress(parts, 1, 2, lambda state: None)
-    for _ in progress.epochs():
-        for entropy in (0.2, 0.4):
-            losses = {"image": (1.0, torch.tensor(1.5)), "entropy": (-2.0, torch.tensor(entropy))}
-            progress.step(losses, torch.tensor([[0.25, 0.75]]))
-        progress.end_epoch(0.01)
-    line = capsys.readouterr().out
-    assert "loss 0.900 = image 1 x 1.500 + entropy -2 x 0.300  prompts 25 75 %" in line
+def test_a_text_loss_of_ones_own_pulls_as_it_says(monkeypatch, random_clip):
+    def distance(text_features, hard, scale):
+        return scale * (text_features - hard.prototypes).norm(dim=-1).mean()
+
+    monkeypatch.setitem(losses.TEXT_LOSSES, "distance", distance)
+    words = "--text-target", "distance", "--text-scale", 3, "--text-weight", 50, "--epochs", 5
+    model, hard = make(random_clip, *words), hard_text(random_clip)
+    before = distance(model.text_features(), hard, 3.0)
+    found = train.compute_losses(model, IMAGES, LABELS, model(IMAGES), hard, slice(None))
+    weight, value = found["text"]
+    assert weight == 50 and torch.allclose(value, before, atol=1e-6)
+    fit(model)
+    assert distance(model.text_features(), hard, 3.0) < 0.9 * before
 
 
-def test_the_seconds_before_a_stop_count_and_every_epoch_is_saved():
-    parts = {"model": nn.Linear(1, 1), "order": torch.Generator()}
-    states = []
-    for state in (None, {"seconds": 1000.0, "epoch": 2}):
-        state = state and states[1] | state
-        progress = Progress(parts, 4, 1, states.append, state)
-        done = []
-        for epoch in progress.epochs():
-            progress.step({"image": (1.0, torch.tensor(1.0))}, torch.tensor([[0.25, 0.75]]))
-            progress.end_epoch(0.01)
-            done.append(epoch)
-        assert done == ([0, 1, 2, 3] if state is None else [2, 3])
-    assert [s["epoch"] for s in states] == [1, 2, 3, 4, 3, 4]
-    assert 1000 < states[-1]["seconds"] <= progress.seconds < 1010
-    assert states[3]["seconds"] < 10
+def test_a_loop_of_ones_own_learns_what_fit_learns(random_clip):
+    words = "--epochs", 2, "--batch-size", 8, "--lr", 0.01
+    fitted, model = make(random_clip, *words), make(random_clip, *words)
+    fit(fitted)
+
+    hard = hard_text(random_clip)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    rng = torch.Generator().manual_seed(1)  # the seed of a run unless another is given
+    for epoch in range(2):
+        optimiser.param_groups[0]["lr"] = train.learning_rate(epoch, 2, 0.01, warm_up=5)
+        order = torch.randperm(32, generator=rng)
+        torch.randint(1, (32,), generator=rng)  # `fit` draws a view of each image
+        for batch in order.split(8):
+            f, labels = IMAGES[batch], LABELS[batch]
+            outputs = model(f)
+            parts = train.compute_losses(model, f, labels, outputs, hard, slice(None))
+            loss = sum(weight * value for weight, value in parts.values())
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+    for name, value in fitted.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
 
 
-class Scaler:
-    """Stands for `torch.amp.GradScaler`, which works on GPUs alone: gradients are 65,536 times as
-    large until they are to be clipped or used."""
-
-    def __init__(self, enabled):
-        self.factor, self.scaled = 2.0**16 if enabled else 1.0, False
-
-    def scale(self, loss):
-        self.scaled = True
-        return self.factor * loss
-
-    def unscale_(self, optimiser):
-        assert self.scaled
-        self.scaled = False
-        for part in optimiser.param_groups:
-            for p in part["params"]:
-                p.grad /= self.factor
-
-    def step(self, optimiser):
-        if self.scaled:
-            self.unscale_(optimiser)
-        optimiser.step()
-
-    def update(self):
-        pass
-
-    def state_dict(self):
-        return {}
+# ---------------------------------------------------------------------------------- as on a GPU
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradients_are_scaled_for_fp16_and_clipped_as_they_are(random_clip, monkeypatch, dtype):
-    """A GPU's way on a CPU: products in the dtype, a scaler if that has a small range."""
-    scalers, learned = [], []
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda enabled: scalers.append(Scaler(enabled)) or scalers[-1]
-    )
-    for products in (torch.float32, dtype):
-        monkeypatch.setattr(train.processes, "mixed_dtype", lambda device, d=products: d)
-        torch.manual_seed(3)
-        model = train.make_model(random_clip, GROUPS, config_of())
-        model.set_classes(NAMES)
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        fit(model, config_of("--epochs", 3, "--warm-up", 0), lambda snapshot: None)
-        learned.append({k: v - before[k] for k, v in model.state_dict().items()})
-        predicted = model.eval().text_features()
-        monkeypatch.setattr(train.processes, "mixed_dtype", lambda device: torch.float32)
-        assert torch.equal(predicted, model.text_features())  # predictions are in fp32
-    assert [scaler.factor > 1 for scaler in scalers] == [False, dtype is torch.float16]
+def test_training_in_bf16_learns_nearly_the_same_and_predicts_in_fp32(random_clip, monkeypatch):
+    learned = []
+    start = make(random_clip).state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "mixed_dtype", lambda device, dtype=dtype: dtype)
+            model = make(random_clip, "--epochs", 3, "--warm-up", 0)
+            fit(model)
+            with torch.no_grad():
+                predicted = model.text_features()
+        assert torch.allclose(predicted, model.text_features(), atol=1e-6)  # bf16 is 1e-3 off
+        learned.append({name: value - start[name] for name, value in model.state_dict().items()})
+    assert (learned[0]["router.gate.weight"] - learned[1]["router.gate.weight"]).abs().max() > 0
     for name, moved in learned[0].items():
         if moved.numel():
             assert (learned[1][name] - moved).norm() <= 0.1 * moved.norm(), name
 
 
-def test_what_is_trained_is_what_requires_gradients(random_clip):
-    config = config_of("--router", "frozen", "--text-bias")
-    model = train.make_model(random_clip, GROUPS, config)
-    (part,) = model.parameter_groups()
-    names = {id(p): name for name, p in model.named_parameters()}
-    trained = {names[id(p)] for p in part["params"]}
-    assert "text_bias" in trained and not any("gate" in name for name in trained)
-    assert part["factor"] == 1.0 and len(trained) == 7
-
-
-@pytest.mark.parametrize("flags", ["", "--text-weight 0", "--method lasp", "--conditional"])
-def test_an_epoch_needs_no_number_from_the_device(model, random_clip, monkeypatch, flags):
+@pytest.mark.parametrize("words", ["", "--method lasp", "--conditional"])
+def test_an_epoch_needs_no_number_from_the_device(random_clip, monkeypatch, words):
     """On the meta device tensors have shapes and no values. So whatever makes a GPU wait for a
     value, such as `item`, `nonzero` or a mask as an index, fails there."""
-    config = config_of("--epochs", 1, "--batch-size", 4, *flags.split())
-    groups = [[t for group in GROUPS for t in group]] if config["one_group"] else GROUPS
-    model = train.make_model(random_clip, groups, config)
-    model.set_classes(NAMES)
-    hard = template_features(random_clip, [t for group in groups for t in group], NAMES)
-    sentences = model.prompts.sentences
-    for part in (sentences, *sentences.batches):
+    model = make(random_clip, "--epochs", 1, "--batch-size", 4, *words.split())
+    groups = [[t for group in GROUPS for t in group]] if len(model.templates) == 1 else GROUPS
+    hard = train.HardText(*(part.to("meta") for part in hard_text(random_clip, groups)))
+    encoder, clip_model = model.prompts.encoder, copy.deepcopy(random_clip).to("meta")
+    for part in (encoder, *encoder.batches):
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor):
                 setattr(part, name, value.to("meta"))
-    model.__dict__["clip_model"] = copy.deepcopy(random_clip).to("meta")
-    monkeypatch.setattr(Progress, "end_epoch", lambda self, lr: None)  # may wait: once an epoch
-    labels = torch.zeros(12, dtype=torch.long, device="meta")
-    monkeypatch.setattr(train.processes, "mixed_dtype", lambda device: torch.bfloat16)
-    train.fit(
-        model.to("meta"), config, groups, hard.to("meta"), slice(None),
-        StoredFeatures(torch.zeros(12, 2, 64, device="meta")), labels, save=None,
-    )  # fmt: skip
+    model.prompts.frozen, encoder.clip_model = (clip_model,), clip_model
+    monkeypatch.setattr(train, "print_epoch", lambda *_: None)  # may wait: once an epoch
+    monkeypatch.setattr(parallel, "mixed_dtype", lambda device: torch.bfloat16)
+    images = CachedImages(torch.zeros(12, 2, 64, device="meta"))
+    train.fit(model.to("meta"), images, torch.zeros(12, dtype=torch.long, device="meta"), hard)
     assert all(p.grad is not None for p in model.prompts.parameters() if p.numel())

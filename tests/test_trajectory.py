@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from clip.model import CLIP
-from conftest import parse
+from conftest import config_of
 
 import train
-from lib.images import StoredFeatures
+from lib.features import CachedImages
 from prompts import template_features
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,14 +51,13 @@ def test_twelve_epochs_of_the_published_method_are_followed(
     template = iter(meta["templates"])
     groups = [[next(template) for _ in range(n)] for n in meta["groups"]]
     flags = f"--epochs {meta['epochs']} --batch-size {meta['batch']} --lr {meta['lr']}"
-    config = train.resolve(parse(flags.split()))[0]
+    config = config_of(*flags.split())
     assert (config["gate_weight"], config["text_weight"]) == (meta["gate"], meta["text"])
 
-    model = train.MoCoOp(clip_model, groups, config)
+    model = train.MoCoOp(clip_model, groups, names, config)
     model.router.gate.weight.data = torch.tensor(golden["gate_weight_0"])
     model.router.gate.bias.data = torch.tensor(golden["gate_bias_0"])
-    model.prompts.set_classes(clip_model, names)
-    hard = template_features(clip_model, meta["templates"], names)
+    hard = train.hard_text(template_features(clip_model, meta["templates"], names), groups)
     features, labels = torch.tensor(golden["image_features"]), torch.tensor(golden["labels"])
     orders = iter(torch.tensor(golden["order"]))
     monkeypatch.setattr(torch, "randperm", lambda n, generator: next(orders))
@@ -67,8 +66,7 @@ def test_twelve_epochs_of_the_published_method_are_followed(
     def keep(snapshot):
         after[snapshot["epoch"]] = {k: v.clone() for k, v in model.state_dict().items()}
 
-    stored = StoredFeatures(features)
-    train.fit(model, config, groups, hard, slice(n_trained), stored, labels, keep)
+    train.fit(model, CachedImages(features), labels, hard, slice(n_trained), keep)
 
     ours_by_theirs = {"router.gate.weight": "gate_weight", "router.gate.bias": "gate_bias"}
     for g in range(len(groups)):

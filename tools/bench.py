@@ -1,325 +1,401 @@
-"""What a training step costs, and what each way to save bought.
+"""What a training step costs, and what each idea saves (docs/SPEED.md).
 
-    python -m tools.bench                          # every table: a quarter of an hour
-    python -m tools.bench eurosat --repeats 9      # one of them
-    python -m tools.bench --json bench.json        # the same for machines
+    python -m tools.bench                        # every table: about half an hour on two cores
+    python -m tools.bench eurosat --repeats 9    # one of them
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m tools.bench ucf101     # our step, split
 
-Tables of steps compare ways to take the same one (tools/steps.py) in one process, in turn, so that
-a busy machine slows all of them alike; times are medians. Peak memory is that of a fresh process
-per row, above the loaded model. `growth` draws assets/cost.png.
+The first four tables compare ways to take the same step, each with one more idea than the last.
+They run in one process, in turn, so that a busy machine slows all of them alike; times are
+medians. Memory is what a step adds to the loaded model, in a fresh process per row. Except for
+`shapes`, CLIP is a ViT-B/16 of random weights, as speed does not depend on them.
 """
 
-import json
-import os
+import collections
+import functools
+import multiprocessing
+import random
 import statistics
-import subprocess
-import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import matplotlib.pyplot as plt
-import numpy as np
+import clip
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from clip.model import CLIP
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import processes
-from lib.errors import exit_on_bad_input
-from lib.flags import Parser, number
-from lib.pictures import save_figure
-from lib.tables import markdown
-from lib.text_encoder import CHUNK
-from lib.transformer import blocks_of
-from tools.measure import Operations, compare, seconds
-from tools.steps import BATCH, VITS, Setting, clips_own, image_ways
+from lib import fast_text, parallel, world
+from lib.catalogue import template_groups
+from lib.clip_model import load_clip
+from lib.fast_clip import Block, blocks_of, encode_images
+from lib.fast_text import FastTextEncoder
+from lib.report import markdown
+from lib.runs import Parser, at_least, exit_on_bad_input
+from prompts import EOT, SoftPrompts, TextEncoder
+from train import MoCoOp, compute_losses, default_config, hard_text
 
+BATCH = 32
 LAUNCH = 6e-6  # seconds that a GPU needs at least from one kernel to the next
-RATE = 300e12  # operations per second of half precision products, well below a data-centre GPU's
+RATE = 300e12  # operations per second in half precision, well below a data-centre GPU's
+EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
+    Industrial Buildings,Pasture Land,Permanent Crop Land,Residential Buildings,River,Sea or Lake"""
+NAME_LENGTHS = [1] * 18 + [2] * 58 + [3] * 23 + [4, 5]  # in tokens, of UCF101's 101 names
+VITS = {  # width, layers, size of a patch, images at a time
+    "ViT-B/32": (768, 12, 32, 32),
+    "ViT-B/16": (768, 12, 16, 32),
+    "ViT-L/14": (1024, 24, 14, 8),
+}
 
-# ------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------- text encoders, from slow to fast
 
 
-def in_fresh_process(call, n=0):
-    """What `bench.<call>` prints, as JSON. n: processes of torchrun, with one thread each."""
-    command = [sys.executable, "-c", f"from tools import bench; bench.{call}"]
-    environment = dict(os.environ)
-    if n:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--no-python"]
-        command = [sys.executable, *torchrun, f"--nproc-per-node={n}", *command]
-        environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
+class AllPositions(TextEncoder):
+    """`clip`'s own way, which reads all 77 positions, also those after EOT."""
+
+    def __init__(self, clip_model, sentences):
+        super().__init__(clip_model, sentences)
+        after_eot = clip_model.context_length - self.tokens.shape[1]
+        self.tokens = F.pad(self.tokens, (0, after_eot), value=EOT)
+
+
+@functools.cache
+def blocks_with_quick_gelu(transformer, dtype):
+    """As `blocks_of`, with QuickGELU as `clip` computes it."""
+    blocks = [Block(block, dtype, factor=1.0) for block in transformer.resblocks]
+    for block in blocks:
+        block.activation = clip.model.QuickGELU()
+    return blocks
+
+
+class EachPlaceOnce(FastTextEncoder):
+    """Ours, but for QuickGELU."""
+
+    def __call__(self, vectors=None):
+        with mock.patch.object(fast_text, "blocks_of", blocks_with_quick_gelu):
+            return super().__call__(vectors)
+
+
+class SharedBeginnings(EachPlaceOnce):
+    """Computes every place of every row: also those that stand in several rows, and padding."""
+
+    def __init__(self, clip_model, sentences):
+        super().__init__(clip_model, sentences)
+        self.batches = [whole_rows(batch) for batch in self.batches]
+
+
+def whole_rows(piece):
+    every = torch.arange(piece.rows.numel(), device=piece.rows.device)
+    return replace(
+        piece,
+        token=piece.token[piece.rows].flatten(),
+        position=piece.position[piece.rows].flatten(),
+        rows=every.view(piece.rows.shape),
+        first=every,
+        ends=piece.first[piece.ends],
     )
-    if done.returncode:
-        raise RuntimeError(f"bench.{call} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory(size, way, device, **kwargs):
-    """Prints the bytes that a step adds to what the process has before it, and its seconds."""
-    setting = Setting(size, torch.device(device), **kwargs)
-    step = setting.ways()[way][0]
-    blocks_of(setting.clip_model.transformer, setting.dtype)  # part of the model
-    if device != "cpu":
+class OneKernel(SharedBeginnings):
+    """A tree, and so a row, for every sentence: nothing is shared."""
+
+    def __init__(self, clip_model, sentences):
+        super().__init__(clip_model, [[ids] for prompt in sentences for ids in prompt])
+        self.shape = len(sentences), len(sentences[0])
+
+
+STEPS = {  # name: text encoder, method, whether images are encoded in the step
+    "straightforward": (AllPositions, "mocoop", True),
+    "images encoded once": (AllPositions, "mocoop", False),
+    "stop at EOT": (TextEncoder, "mocoop", False),
+    "attention in one kernel": (OneKernel, "mocoop", False),
+    "shared beginnings": (SharedBeginnings, "mocoop", False),
+    "each place once": (EachPlaceOnce, "mocoop", False),
+    "QuickGELU as silu": (FastTextEncoder, "mocoop", False),
+    "CoOp, one prompt, 77 positions, images encoded once": (AllPositions, "coop", False),
+}
+OURS = ["QuickGELU as silu"]
+SIZES = {
+    "shapes": list(STEPS),
+    "eurosat": list(STEPS),
+    "ucf101": list(STEPS)[2:-1],  # 606 sentences at 77 positions would take 25 GB
+    "imagenet": OURS,
+}
+
+# ------------------------------------------------------------------------------------------ a step
+
+
+def class_names(size):
+    """The names of a dataset; for the larger ones, random words with as many tokens."""
+    if size == "shapes":
+        return world.SHAPES_CLASSES
+    if size == "eurosat":
+        return [name.strip() for name in EUROSAT.split(",")]
+    rng = random.Random(0)
+    vocabulary = clip.simple_tokenizer.SimpleTokenizer().encoder
+    words = [w[:-4] for w in vocabulary if w.endswith("</w>") and w[:-4].isalpha() and w.isascii()]
+    n_classes = {"ucf101": 101, "imagenet": 1000}[size]
+    return [" ".join(rng.choices(words, k=rng.choice(NAME_LENGTHS))) for _ in range(n_classes)]
+
+
+def clip_of(size, device):
+    if size == "shapes":
+        return load_clip("bundled", device)[0]
+    clip_model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12).float()
+    return clip_model.requires_grad_(False).eval().to(device)
+
+
+class Step:
+    """One step of training, taken by calling it."""
+
+    def __init__(self, name, size, clip_model, names):
+        torch.manual_seed(0)
+        encoder, method, self.live = STEPS[name]
+        self.clip_model, self.device = clip_model, clip_model.logit_scale.device
+        config = default_config(dataset=size, method=method)
+        groups = template_groups(size) if method == "mocoop" else [["a photo of a {}."]]
+        self.model = MoCoOp(clip_model, groups, names, config)
+        templates = self.model.templates
+        self.model.prompts = SoftPrompts(clip_model, templates, names, text_encoder=encoder)
+        self.model.to(self.device)
+        self.optimiser = torch.optim.SGD(
+            self.model.parameters(), lr=1e-3, momentum=0.9, fused=self.device.type == "cuda"
+        )
+        pixels, width = clip_model.visual.input_resolution, clip_model.text_projection.shape[1]
+        self.images = torch.randn(BATCH, 3, pixels, pixels, device=self.device)
+        self.image_features = F.normalize(torch.randn(BATCH, width, device=self.device), dim=-1)
+        self.labels = torch.randint(len(names), (BATCH,), device=self.device)
+        hard = torch.randn(len(groups), len(names), width, device=self.device)
+        self.hard = hard_text(F.normalize(hard, dim=-1), [group[:1] for group in groups])
+
+    def __call__(self):
+        text_features = None  # the fast encoders have half precision of their own
+        f, dtype = self.image_features, parallel.mixed_dtype(self.device)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            if self.live:
+                f = F.normalize(self.clip_model.encode_image(self.images).float(), dim=-1)
+            if isinstance(self.model.prompts.encoder, TextEncoder):
+                text_features = self.model.text_features().float()
+        outputs = self.model(f, text_features=text_features)
+        losses = compute_losses(self.model, f, self.labels, outputs, self.hard, slice(None))
+        self.optimiser.zero_grad()
+        sum(weight * value for weight, value in losses.values()).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+
+    def n_tokens(self):
+        """How many tokens the text encoder computes."""
+        encoder = self.model.prompts.encoder
+        if isinstance(encoder, TextEncoder):
+            return encoder.tokens.numel()
+        return sum(len(batch.token) for batch in encoder.batches)
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def seconds(action):
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations, and the matrix products of the linear layers by their shapes and
+    type: {(M, K, N, dtype): how many}."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.launches = collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            self.products[(*a.shape, b.shape[1], a.dtype)] += 1
+        # Whatever computes something is a kernel to be launched on a GPU; some are two.
+        free = "empty", "empty_like", "_unsafe_view", "empty_strided", "new_empty"
+        self.launches += not func.is_view and func.overloadpacket.__name__ not in free
+        return func(*args, **(kwargs or {}))
+
+    def flop(self):
+        """Multiplications and additions in the linear layers."""
+        return sum(2 * m * k * n * count for (m, k, n, _), count in self.products.items())
+
+
+def operations_of(step):
+    with Operations() as counted:
+        step()
+    return counted
+
+
+def products_alone(products, device):
+    """Something to call that computes these matrix products and nothing else."""
+    pairs = []
+    for (m, k, n, dtype), count in products.items():
+        make = partial(torch.randn, device=device, dtype=dtype)
+        pairs.append((make(m, k), make(n, k).T, count))
+
+    def compute():
+        for a, b, count in pairs:
+            for _ in range(count):
+                torch.mm(a, b)
+
+    return compute
+
+
+def in_fresh_process(function, *args):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def memory(name, size, device):
+    """The bytes that a step adds to what the process has before, and all that it then has."""
+    step = Step(name, size, clip_of(size, device), class_names(size))
+    blocks_of(step.clip_model.transformer, parallel.mixed_dtype(device))  # part of the model
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        took = seconds(step)
+        step()
         peak = torch.cuda.max_memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _status("VmRSS")
-        took = seconds(step)
+        step()
         peak = _status("VmHWM")
-    print(json.dumps({"added_bytes": peak - before, "bytes": peak, "seconds": took}))
+    return peak - before, peak
 
 
 def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def time_steps(size, n):
-    """Prints the median seconds of n steps. Runs under torchrun, too."""
-    processes.join(torch.device("cpu"))
-    setting = Setting(size, torch.device("cpu"))
-    step = setting.step
-    step()
-    print(json.dumps(statistics.median(seconds(step) for _ in range(n))))
-    processes.leave()
-
-
-# ----------------------------------------------------------------------------------- the tables
+# -------------------------------------------------------------------------------------- the tables
 
 
 def steps_table(size, repeats, device):
-    """Every way to do the step of one size, each with one more idea than the last."""
-    setting = Setting(size, device)
-    ways = setting.ways()
-    if size == "ucf101":  # 606 sentences at 77 positions would take 25 GB
-        del ways["straightforward"], ways["images encoded once"]
-    if size == "eurosat":
-        coop = Setting(size, device, groups=[["a photo of a {}."]])
-        step = partial(coop.step, partial(coop.one_a_row, clips_own, 77), losses=())
-        ways["CoOp, one prompt, 77 positions, images encoded once"] = step, len(coop.eot) * 77
-    result = compare(ways, repeats, device)
-    first = next(iter(result.values()))["seconds"]
-    rows = []
-    for name, (_, tokens) in ways.items():
-        row = result[name]
-        row["tokens"] = tokens
-        if "CoOp" not in name:
-            call = f"memory({size!r}, {name!r}, {str(device)!r})"
-            row["added_bytes"] = in_fresh_process(call)["added_bytes"]
-        rows.append(
-            [
-                name,
-                f"{1000 * row['seconds']:,.0f}",
-                f"{first / row['seconds']:.1f} x",
-                f"{tokens:,}",
-                f"{row['operations'] / 1e9:,.1f}",
-                f"{100 * row['plain_seconds'] / row['seconds']:.0f} %",
-                f"{row['added_bytes'] / 1e6:,.0f}" if "added_bytes" in row else "",
-            ]
-        )
-    columns = "a step", "ms", "faster", "text tokens", "GFLOP", "of plain rate", "adds MB"
-    print(f"\n{size}: {' x '.join(map(str, setting.model.prompts.sentences.shape))} sentences\n")
-    print(markdown([columns, *rows]))
-    return result
-
-
-def processes_table(repeats):
-    """One process with one thread against two with one thread each, in turn."""
-    times = {1: [], 2: []}
+    """Every way to take the step of one size. Under torchrun, ours alone."""
+    alone = parallel.world() == 1
+    rows = SIZES[size] if alone else OURS
+    clip_model, names = clip_of(size, device), class_names(size)
+    steps = {row: Step(row, size, clip_model, names) for row in rows}
+    counted = {row: operations_of(step) for row, step in steps.items()}
+    products = {row: products_alone(counted[row].products, device) for row in rows}
+    times, plain_times = collections.defaultdict(list), collections.defaultdict(list)
     for _ in range(repeats):
-        for n in times:
-            times[n].append(in_fresh_process("time_steps('ucf101', 3)", n=n))
-    one, two = (statistics.median(times[n]) for n in times)
-    print("\nucf101, one thread per process\n")
-    rows = [[1, f"{1000 * one:,.0f}", ""], [2, f"{1000 * two:,.0f}", f"{one / two:.2f} x"]]
-    print(markdown([("processes", "ms", "faster"), *rows]))
-    return {"1": one, "2": two}
+        for row, step in steps.items():
+            if size != "imagenet":  # memory and caches are another row's by now
+                step()
+            times[row].append(seconds(step))
+            plain_times[row].append(seconds(products[row]))
 
-
-def imagenet_table(device):
-    """One step of 20 prompts x 1,000 classes, in a fresh process."""
-    result = in_fresh_process(
-        f"memory('imagenet', 'QuickGELU as silu', {str(device)!r}, n_classes=1000)"
-    )
-    epoch = result["seconds"] * 16 * 1000 / BATCH
-    print("\nimagenet: 20 x 1000 sentences, batch of 32, in chunks\n")
-    row = f"{result['seconds']:,.1f}", f"{epoch / 3600:,.1f}", f"{result['bytes'] / 1e9:.1f}"
-    print(markdown([("seconds per step", "hours per epoch of 16 shots", "GB in all"), row]))
-    return result
-
-
-# What the operations of a step are, by their names.
-PARTS = {
-    "matrix products": ("addmm", "mm"),
-    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
-    "QuickGELU": ("silu",),
-    "LayerNorm": ("native_layer_norm",),
-    "moving places to rows and back": ("index", "scatter", "gather"),
-    "copies and zeros": ("copy_", "fill_", "cat", "zero_"),
-    "residuals": ("add",),
-}
-
-
-def parts_table(size, repeats, device):
-    """Where the time of our step goes, operation by operation: {part: seconds per step}."""
-    step = Setting(size, device).step
-    step()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says what it does
-    with torch.profiler.profile() as profiler:
-        took = statistics.median(seconds(step) for _ in range(repeats))
-    parts = dict.fromkeys([*PARTS, "all else"], 0.0)
-    on_gpu = device.type == "cuda"
-    for event in profiler.key_averages():
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
-            continue  # a kernel: its time stands with the operation that launched it
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        own /= 1e6 * repeats
-        name = event.key.removeprefix("aten::")
-        whose = (p for p, starts in PARTS.items() if name.lstrip("_").startswith(starts))
-        parts[next(whose, "all else")] += own
-    print(f"\n{size}: where {1000 * took:,.0f} ms go (with the profiler's own part)\n")
-    rows = [
-        (part, f"{1000 * t:,.1f}", f"{t / sum(parts.values()):.0%}") for part, t in parts.items()
-    ]
-    print(markdown([("part of a step", "ms", "share"), *rows]))
-    return parts
+    columns = "ms", "faster", "text tokens", "GFLOP", "of plain rate", "adds MB", "GB in all"
+    table, first = [["a step", *columns]], statistics.median(times[rows[0]])
+    for row, step in steps.items():
+        took, plain = statistics.median(times[row]), statistics.median(plain_times[row])
+        cells = [f"{1000 * took:,.0f}", f"{first / took:.1f} x", f"{step.n_tokens():,}"]
+        cells += [f"{counted[row].flop() / 1e9:,.1f}", f"{plain / took:.0%}"]
+        if alone:
+            added, peak = in_fresh_process(memory, row, size, device)
+            cells += [f"{added / 1e6:,.0f}", f"{peak / 1e9:.1f}"]
+        table.append([row, *cells])
+    print(f"\n{size}: {len(template_groups(size))} x {len(names)} sentences\n")
+    print(markdown(table))
 
 
 def images_table(repeats, device):
-    """Ways to encode the same images, for the three ViTs of CLIP: {model: {way: seconds}}."""
-    result, rows = {}, []
+    """Ways to encode the same images, for the three ViTs of CLIP."""
+    table = [["CLIP", "encoding", "images per second", "faster"]]
     for name, (width, layers, patch, n) in VITS.items():
-        ways = image_ways(width, layers, patch, n, device)
+        ways = image_encoders(width, layers, patch, n, device)
         times = {way: [] for way in ways}
         for _ in range(repeats + 1):  # the first does not count
             for way, encode in ways.items():
-                times[way].append(seconds(encode) / n)
-        result[name] = {way: statistics.median(t[1:]) for way, t in times.items()}
-        first, *_ = result[name].values()
-        rows += [
-            (name, way, f"{1000 * t:,.1f}", f"{first / t:.2f} x") for way, t in result[name].items()
-        ]
+                times[way].append(seconds(encode))
+        took = {way: statistics.median(times[way][1:]) for way in ways}
+        first, *_ = took.values()
+        table += [[name, way, f"{n / t:,.1f}", f"{first / t:.2f} x"] for way, t in took.items()]
     print("\nimages\n")
-    print(markdown([("CLIP", "encoding", "ms per image", "faster"), *rows]))
-    return result
+    print(markdown(table))
+
+
+def image_encoders(width, layers, patch, n, device):
+    """{name: a function that encodes n images of 224 pixels}, by a ViT of random weights."""
+    clip_model = CLIP(512, 224, layers, width, patch, 77, 10, 512, 8, 1).float()
+    clip_model.requires_grad_(False).eval().to(device)
+    images = torch.randn(n, 3, 224, 224, device=device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    last = blocks_of(clip_model.visual.transformer, dtype)[-1]
+
+    def every_place(x):  # in the last block, too
+        mixed = last.attend(*last.queries_keys_values(x).chunk(3, dim=-1))
+        return last.after_attention(x, mixed)[:, 0]
+
+    @torch.no_grad()
+    def clips_own():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            clip_model.encode_image(images)
+
+    @torch.no_grad()
+    def ours(first_places):
+        last.first_places = first_places
+        encode_images(clip_model, images, dtype)
+
+    return {
+        "clip's own": clips_own,
+        "blocks made ready": partial(ours, every_place),
+        "class token alone in the last": partial(ours, last.first_places),
+    }
 
 
 def launches_table():
-    """How many operations a step asks a GPU for, counted here, and what that makes of its time."""
-    rows, result = [], {}
-    for size, n_classes in (("eurosat", 10), ("imagenet", 1000)):
-        # In one piece their number does not depend on the classes: ten do, and products in
-        # proportion.
-        few, all_ = (Setting(size, torch.device("cpu"), n_classes=c) for c in (10, n_classes))
-        with mock.patch.object(processes, "mixed_dtype", lambda device: torch.bfloat16):
-            few.step()  # the first makes the blocks ready
-            with Operations() as counted:
-                few.step()
-        n, flop = counted.launches, counted.flop * all_.places() / few.places()
-        took = n * LAUNCH + flop / RATE
-        result[size] = {"launches": n, "flop": flop, "estimated_seconds": took}
-        rows.append([size, f"{n:,}", f"{flop / 1e12:.2f}", f"{1000 * took:,.0f}"])
+    """How many operations a step asks a GPU for, counted here, and an estimate of its time."""
+    table = [["a step", "launches", "TFLOP", "ms, estimated"]]
+    for size in ("eurosat", "imagenet"):
+        # In one piece the launches do not depend on the number of classes, and products are in
+        # proportion to the tokens: ten classes are enough.
+        clip_model, names = clip_of(size, torch.device("cpu")), class_names(size)
+        few, every = (Step(*OURS, size, clip_model, some) for some in (names[:10], names))
+        with mock.patch.object(parallel, "mixed_dtype", lambda device: torch.bfloat16):
+            few()  # the first makes the blocks ready
+            counted = operations_of(few)
+        flop = counted.flop() * every.n_tokens() / few.n_tokens()
+        took = counted.launches * LAUNCH + flop / RATE
+        table.append([size, f"{counted.launches:,}", f"{flop / 1e12:.2f}", f"{1000 * took:,.0f}"])
     print(f"\nlaunches, with {1e6 * LAUNCH:.0f} us for each and {RATE / 1e12:.0f} TFLOP/s\n")
-    print(markdown([("a step", "launches", "TFLOP", "ms, estimated"), *rows]))
-    return result
-
-
-def growth(repeats, device, picture):
-    """The time of a step against the number of classes and of prompts, and its picture."""
-    sizes = [(1, c) for c in (10, 30, 100, 300, 1000)] + [(g, 100) for g in (2, 5, 10, 20)]
-    clip_model = Setting("imagenet", device, n_classes=1).clip_model  # one for all
-    settings = [
-        Setting("imagenet", device, [["a photo of a {}."]] * g, c, clip_model) for g, c in sizes
-    ]
-    times = [[] for _ in sizes]
-    for _ in range(repeats):
-        for setting, own_times in zip(settings, times):
-            own_times.append(seconds(setting.step))
-    rows = [
-        {"prompts": g, "classes": c, "seconds": statistics.median(own_times)}
-        for (g, c), own_times in zip(sizes, times)
-    ]
-    draw_cost(rows, picture)
-    print(f"\ngrowth: see {picture}\n")
-    cells = [(r["prompts"], r["classes"], f"{1000 * r['seconds']:,.0f}") for r in rows]
-    print(markdown([("prompts", "classes", "ms per step"), *cells]))
-    return rows
-
-
-def draw_cost(rows, path):
-    """Seconds per step against the number of sentences, with the straight line through the first.
-    rows: dictionaries of prompts, classes, seconds."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    sentences = np.array([row["prompts"] * row["classes"] for row in rows])
-    times = np.array([row["seconds"] for row in rows])
-    one = np.array([row["prompts"] == 1 for row in rows])
-    axes.plot(sentences[one], times[one], "ko", label="1 prompt, 10 to 1,000 classes")
-    axes.plot(sentences[~one], times[~one], "k^", mfc="white", label="2 to 20 prompts, 100 classes")
-    small = sentences <= CHUNK
-    slope = times[small].sum() / sentences[small].sum()
-    ends = np.array([sentences.min(), sentences.max()])
-    axes.plot(ends, slope * ends, "k-", lw=1, label=f"{1000 * slope:.1f} ms per sentence")
-    axes.plot(ends, 1.5 * slope * ends, "k:", lw=1, label="1.5 x that: each is encoded twice")
-    axes.axvline(CHUNK, color="grey", lw=1, ls="--")
-    axes.text(CHUNK, times.min(), f"in pieces above {CHUNK:,} ", color="grey", ha="right")
-    axes.set(xscale="log", yscale="log", xlabel="sentences: prompts x classes", ylabel="step (s)")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
-    save_figure(figure, path)
+    print(markdown(table))
 
 
 def run_command_line():
     parser = Parser(description=__doc__.split("\n")[0])
-    sizes = "shapes", "eurosat", "ucf101"
-    tables = *sizes, "parts", "images", "launches", "processes", "imagenet", "growth"
-    parser.add_argument("tables", nargs="*", help=f"which (default: all of {', '.join(tables)})")
-    parser.add_argument("--repeats", type=number(int, 1), default=3, help="default: 3")
+    tables = *SIZES, "images", "launches"
+    parser.add_argument("tables", nargs="*", help=f"default: all of {', '.join(tables)}")
+    parser.add_argument("--repeats", type=at_least(int, 1), default=3, help="default: 3")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures there")
-    picture = Path("assets", "cost.png")
-    parser.add_argument("--picture", type=Path, default=picture, help=f"default: {picture}")
     args = parser.parse_args()
     unknown = set(args.tables) - set(tables)
     if unknown:
         parser.error(f"no table {unknown.pop()!r}: {', '.join(tables)}")
-    for file in filter(None, (args.json, args.picture)):
-        if not file.absolute().parent.is_dir():
-            parser.error(f"there is no folder for {file}")
-    device = processes.choose_device(args.device)
-    figures = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "repeats": args.repeats,
-    }
-    print(", ".join(f"{key} {value}" for key, value in figures.items()))
+    device = parallel.choose_device(args.device)
+    parallel.join(device)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    threads, n = torch.get_num_threads(), parallel.world()
+    print(f"torch {torch.__version__}, {chip}, {threads} threads, {n} processes")
     for name in args.tables or tables:
-        if name == "parts":
-            figures[name] = {s: parts_table(s, args.repeats, device) for s in sizes}
-        elif name == "images":
-            figures[name] = images_table(args.repeats, device)
+        if name == "images":
+            images_table(args.repeats, device)
         elif name == "launches":
-            figures[name] = launches_table()
-        elif name == "processes":
-            figures[name] = processes_table(args.repeats)
-        elif name == "imagenet":
-            figures[name] = imagenet_table(device)
-        elif name == "growth":
-            figures[name] = growth(args.repeats, device, args.picture)
+            launches_table()
         else:
-            figures[name] = steps_table(name, args.repeats, device)
-        if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def main():
-    exit_on_bad_input(run_command_line)
+            steps_table(name, args.repeats, device)
+    parallel.leave()
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_bad_input(run_command_line)

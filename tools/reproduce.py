@@ -4,61 +4,80 @@
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
     python -m tools.reproduce --again    # a tenth of the runs once more: are they the same?
 
-Runs go to out/. Settings are the published ones. Hyper-parameters were chosen on validation images
-of `shapes`; no method was run on the other three tasks before all was settled.
+Runs go to out/. All settings are the published ones. Hyper-parameters were chosen on validation
+images of `shapes`; no method was run on the other three tasks before all was settled.
+
+docs/results.jsonl has one run per line: what tables and pictures need of its `result.json`, its
+evaluations and its `why.json`. A table goes wherever README.md or docs/RESULTS.md has a place for
+it, between `<!-- name -->` and `<!-- end -->`. More runs go to `jobs`, more tables to `TABLES`.
 """
 
 import contextlib
 import io
 import json
 import multiprocessing
-import os
 import random
+import re
 import shutil
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import eval
 import train
-from lib.errors import BadInput, exit_on_bad_input
-from lib.flags import Parser, make_parser
-from lib.pictures import draw_pictures
+from lib.parallel import n_threads
+from lib.report import accuracies, draw_pictures, harmonic_mean, markdown, mean_std
+from lib.runs import BadInput, Parser, exit_on_bad_input
 from lib.world import TASKS
-from tools import results
 from tools.why import why
 
-SEEDS = 1, 2, 3, 4, 5  # of `shapes`; the other tasks have the first three
+RESULTS = Path("docs", "results.jsonl")
+PAGES = Path("README.md"), Path("docs", "RESULTS.md")
+NAMES = {
+    "zero-shot": "zero-shot, one template",
+    "ensemble": "ensemble of all templates",
+    "linear": "linear probe",
+    "coop": "CoOp",
+    "cocoop": "CoCoOp",
+    "lasp": "LASP",
+    "mocoop": "MoCoOp",
+}
+LEARNED = list(NAMES)[2:]
 SHOTS = 1, 2, 4, 8, 16
-LEARNED = "linear", "coop", "cocoop", "lasp", "mocoop"
+SEEDS = 1, 2, 3  # that every task has
+SHAPES_SEEDS = 1, 2, 3, 4, 5
+SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
+
+# ---------------------------------------------------------------------------------------- the runs
+
 ABLATIONS = (
     *("--gate-weight 0", "--text-weight 0", "--router uniform", "--router frozen"),
     *("--top-k 1", "--top-k 4", "--top-k 8", "--init random", "--one-group", "--groups auto"),
     *("--text-bias", "--text-scale 100", "--text-target templates", "--max-grad-norm 0"),
     *("--text-weight 25", "--epochs 25", "--epochs 100", "--full-stop"),
 )
-RATES = 0.3, 3  # times the method's own
 
 
 def jobs():
-    """The flags of every run."""
-    for seed in SEEDS:
+    """The command line of every run, for train.py."""
+    for seed in SHAPES_SEEDS:
         for method in LEARNED:
             for shots in SHOTS:
                 yield f"--method {method} --shots {shots} --seed {seed}"
             yield f"--method {method} --seed {seed} --classes base"
         yield f"--method mocoop --shots 4 --seed {seed} --classes base"
-        for flags in ABLATIONS:
-            yield f"{flags} --seed {seed}"
-            yield f"{flags} --seed {seed} --classes base"
+        for setting in ABLATIONS:
+            yield f"{setting} --seed {seed}"
+            yield f"{setting} --seed {seed} --classes base"
         for method in LEARNED[1:]:
-            default = train.FLAGS["method: training"]["lr"][0]
-            for rate in RATES:
-                lr = train.METHODS[method].get("lr", default) * rate
+            for factor in (0.3, 3):
+                lr = factor * train.preset(method, "shapes", shots=16)["lr"]
                 yield f"--method {method} --lr {lr:.3g} --seed {seed}"
-    for seed in results.SEEDS:
+    for seed in SEEDS:
         for task in TASKS:
             for classes in ("all", "base"):
                 own = f"--dataset {task} --classes {classes} --seed {seed}"
@@ -69,99 +88,343 @@ def jobs():
                         yield f"--method {method} --image-side {side} {own}"
 
 
-def evaluations(config):
+def evaluations(result):
     """What to evaluate a run on: base runs on the new classes, others of `shapes` with 16 shots on
     the shifted sets."""
-    if config["classes"] == "base" and config["classifier"] != "linear":  # it cannot know others
+    if result["classes"] == "base" and result["method"] != "linear":  # it knows no other classes
         return [{"classes": "new"}]
-    if config["dataset"] == "shapes" and config["classes"] == "all" and config["shots"] == 16:
-        return [{"dataset": dataset} for dataset in results.SHIFTED]
+    if result["dataset"] == "shapes" and result["classes"] == "all" and result["shots"] == 16:
+        return [{"dataset": dataset} for dataset in SHIFTED]
     return []
 
 
-def is_to_be_taken_apart(config, folder):
-    published = folder.name.startswith(("mocoop_16shot_", "coop_16shot_"))
-    return published and (config["classes"] == "base" or config["dataset"] == "shapes")
+def is_taken_apart(result):
+    published = result["method"] in ("mocoop", "coop") and not result["changed_flags"]
+    wanted = result["classes"] == "base" or result["dataset"] == "shapes"
+    return published and wanted and result["shots"] == 16
 
 
-def run_job(flags, again=False):
-    """One run and its evaluations, as far as they are not there yet: a line of results.jsonl.
+def run_job(words, again=False):
+    """A run and its evaluations, as far as they do not exist yet: a line of results.jsonl.
     again: from the start, in another folder."""
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        parser = make_parser(__doc__, train.FLAGS, train.METHODS)
-        config, groups, folder, _ = train.resolve(parser.parse_args(flags.split()))
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        config, _ = train.configure(words.split())
+        folder = Path(config["out"])
         if again:
             folder = Path("out", "again", folder.relative_to("out"))
+            config["out"] = str(folder)
             shutil.rmtree(folder, ignore_errors=True)
         if not (folder / "result.json").exists():
-            train.train(config, groups, folder, resume=(folder / "resume.pt").exists())
-        for target in evaluations(config):
-            name = f"{target.get('dataset', config['dataset'])}_{target.get('classes', 'all')}"
-            if not (folder / f"eval_{name}.json").exists():
+            train.run(config, resume=(folder / "resume.pt").exists())
+        result = json.loads((folder / "result.json").read_text())
+        targets = evaluations(result)
+        if len(list(folder.glob("eval_*.json"))) < len(targets):
+            for target in targets:
                 eval.evaluate(folder, **target)
-        if is_to_be_taken_apart(config, folder) and not (folder / "why.json").exists():
-            why(folder, results.SHIFTED if config["classes"] == "all" else ())
-    read = [json.loads(file.read_text()) for file in sorted(folder.glob("eval_*.json"))]
-    parts = folder / "why.json"
-    return results.compact(
-        json.loads((folder / "result.json").read_text()),
-        read,
-        json.loads(parts.read_text()) if parts.exists() else None,
-    )
+        if is_taken_apart(result) and not (folder / "why.json").exists():
+            why(folder, SHIFTED if result["classes"] == "all" else ())
+    return compact(folder)
+
+
+def compact(folder):
+    """A run as a line of the file: [result, its evaluations, its why.json or None]."""
+
+    def read(name):
+        return [json.loads(file.read_text()) for file in sorted(folder.glob(name))]
+
+    ((result,), others, apart) = map(read, ("result.json", "eval_*.json", "why.json"))
+    task = "dataset", "classes", "clip", "shots", "seed"
+    told_apart_by = *task, "method", "label", "changed_flags"
+    untrained = "zero_shot_accuracy", "ensemble_accuracy"
+    measured = "accuracy", "val_accuracy", *untrained, "n_prompts", "train_seconds"
+    short = pick(result, *told_apart_by, *measured)
+    short["config"] = pick(result["config"], *task, "groups")
+    if result["n_prompts"] > 1 and not result["changed_flags"] and result["shots"] in (4, 16):
+        short |= pick(result, "router", "prompt_usage", "prompt_usage_by_epoch")
+    others = [pick(other, "dataset", "classes", "accuracy", *untrained) for other in others]
+    return [short, others, apart[0] if apart else None]
+
+
+def pick(dictionary, *keys):
+    return {key: dictionary[key] for key in keys}
 
 
 def run_all(todo, again=False):
-    """{flags: line}, in the order of `todo`. Prints how many are done, and the time that is left if
-    the rest takes as long as what was done."""
-    n_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    start, lines = time.time(), {}
-    mixed = random.Random(0).sample(todo, len(todo))  # slow runs come anywhere
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
-        futures = {pool.submit(run_job, flags, again): flags for flags in mixed}
-        try:
-            for n, future in enumerate(as_completed(futures), 1):
-                flags = futures[future]
-                lines[flags] = future.result()
-                minutes = (time.time() - start) / 60
-                print(
-                    f"{n:3d}/{len(todo)}  {minutes:4.0f} min, {minutes / n * (len(todo) - n):4.0f}"
-                    f" left  {lines[flags][0]['accuracy']:6.2f} %  {flags}",
-                    flush=True,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {flags: lines[flags] for flags in todo}
-
-
-def without_times(line):
-    result, others, parts = line
-    return [{k: v for k, v in result.items() if k != "train_seconds"}, others, parts]
+    """The lines of all runs, in their order."""
+    with multiprocessing.get_context("spawn").Pool(n_threads()) as pool:
+        return list(tqdm(pool.imap(partial(run_job, again=again), todo), total=len(todo)))
 
 
 def run_again(todo):
     """A tenth of the runs once more. Raises BadInput unless they give the same."""
     tenth = random.Random(1).sample(todo, len(todo) // 10)
-    first = run_all(tenth)
-    second = run_all(tenth, again=True)
-    for flags in tenth:
-        if without_times(first[flags]) != without_times(second[flags]):
-            raise BadInput(f"train.py {flags} gave something else than before")
-    print(f"{len(tenth)} of {len(todo)} runs, taken again, gave the same to the last digit")
+    for words, first, second in zip(tenth, run_all(tenth), run_all(tenth, again=True)):
+        first[0]["train_seconds"] = second[0]["train_seconds"]
+        if first != second:
+            raise BadInput(f"train.py {words} gave different numbers than before")
+    print(f"{len(tenth)} of {len(todo)} runs, repeated, gave the same to the last digit")
+
+
+# -------------------------------------------------------------------------------- their accuracies
+
+
+class Results:
+    """The accuracies of all runs, {seed: percent} each."""
+
+    def __init__(self, lines):
+        self.lines = lines
+        self.rows = {
+            (row.dataset, row.classes, row.label, row.shots): columns
+            for row, columns in accuracies([line[:2] for line in lines]).items()
+        }
+
+    def __call__(self, dataset, classes, label, shots=16, column="accuracy"):
+        shots = 0 if label in ("zero-shot", "ensemble") else shots
+        return self.rows.get((dataset, classes, label, shots), {}).get(column, {})
+
+    def measures(self, task, label, seeds=SEEDS):
+        """{"all" | "base" | "new" | "H": {seed: percent}} with 16 shots."""
+        base, new = (self(task, "base", label, column=column) for column in ("accuracy", "new"))
+        h = {seed: harmonic_mean(base[seed], new[seed]) for seed in base.keys() & new.keys()}
+        found = {"all": self(task, "all", label), "base": base, "new": new, "H": h}
+        return {m: {s: of[s] for s in seeds if s in of} for m, of in found.items()}
+
+    def of_all_tasks(self, label):
+        """{"all" | "base" | "new" | "H": {(task, seed): percent}}."""
+        found = defaultdict(dict)
+        for task in TASKS:
+            for m, of in self.measures(task, label).items():
+                found[m] |= {(task, seed): percent for seed, percent in of.items()}
+        return found
+
+    def over_tasks(self, label):
+        """The same, averaged over the tasks, of the seeds that every task has."""
+        return {
+            m: {
+                seed: np.mean([of[task, seed] for task in TASKS])
+                for seed in SEEDS
+                if all((task, seed) in of for task in TASKS)
+            }
+            for m, of in self.of_all_tasks(label).items()
+        }
+
+
+def differences(one, other):
+    """{key: one - other} of the keys that both have."""
+    return {key: value - other[key] for key, value in one.items() if key in other}
+
+
+def cell(values, sign=""):
+    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" shows a plus, too."""
+    if not values:
+        return "–"
+    mean, std = mean_std(values.values())
+    spread = f" ± {std:.1f}" if len(values) > 1 and std > 1e-9 else ""
+    return f"{mean:{sign}.1f}{spread}"
+
+
+# -------------------------------------------------------------------------------------- the tables
+
+
+def few_shot_table(results):
+    rows = [[NAMES[m], *(cell(results("shapes", "all", m, n)) for n in SHOTS)] for m in NAMES]
+    return [["shots", *SHOTS], *rows]
+
+
+def methods_table(results):
+    """The mean over the four tasks."""
+    rows = [[NAMES[m], *map(cell, results.over_tasks(m).values())] for m in NAMES]
+    return [["four tasks, 16 shots", "all", "base", "new", "H"], *rows]
+
+
+def tasks_table(results):
+    rows = [
+        [task, NAMES[m], *map(cell, results.measures(task, m).values())]
+        for task in TASKS
+        for m in NAMES
+    ]
+    return [["task", "16 shots", "all", "base", "new", "H"], *rows]
+
+
+def shifted_table(results):
+    rows = [
+        [NAMES[m], *(cell(results("shapes", "all", m, column=target)) for target in SHIFTED)]
+        for m in NAMES
+    ]
+    return [["16 shots", *SHIFTED], *rows]
+
+
+def paired_table(results):
+    """MoCoOp less every other method, run by run: runs of one task and seed share their images."""
+    table = [["MoCoOp less", "all", "base", "new", "H", "better: all", "better: H"]]
+    ours = results.of_all_tasks("mocoop")
+    for method in list(NAMES)[:-1]:
+        theirs = results.of_all_tasks(method)
+        found = {m: differences(ours[m], theirs[m]) for m in ours}
+        cells = [cell(of, "+") for of in found.values()]
+        for of in (found["all"], found["H"]):
+            cells.append(f"{sum(v > 0 for v in of.values())} of {len(of)}" if of else "–")
+        table.append([NAMES[method], *cells])
+    return table
+
+
+def ablation_table(results):
+    """Each changed setting less the published one, seed by seed, sorted by the effect on all."""
+    targets = "shapes_sketch", "shapes_r"
+
+    def measures(label):
+        shifted = {target: results("shapes", "all", label, column=target) for target in targets}
+        return results.measures("shapes", label, SHAPES_SEEDS) | shifted
+
+    changed = {
+        result["label"]: result["changed_flags"]
+        for result, *_ in results.lines
+        if result["method"] == "mocoop" and result["dataset"] == "shapes"
+    }
+    published, rows = measures("mocoop"), []
+    for label, settings in changed.items():
+        if settings and not settings.keys() & {"lr", "image_side"}:
+            effects = {m: differences(of, published[m]) for m, of in measures(label).items()}
+            cells = [cell(effect, "+") for effect in effects.values()]
+            mean = np.mean(list(effects["all"].values()))
+            rows.append((mean, [f"`{command_line(settings)}`", *cells]))
+    rows.sort(key=lambda row: row[0])
+    heading = ["less the published setting", "all", "base", "new", "H", *targets]
+    return [heading, *(row for _, row in rows)]
+
+
+def command_line(settings):
+    """Settings as they are given to train.py."""
+    words = []
+    for name, value in settings.items():
+        words.append(train.dashed(name))
+        if value is not True:
+            words.append(str(value).removesuffix(".0"))
+    return " ".join(words)
+
+
+def rates_table(results):
+    """Accuracy on validation images, which is what to choose a rate by, and on test images."""
+    found = defaultdict(list)
+    for result, *_ in results.lines:
+        changed = result["changed_flags"]
+        right = result["dataset"] == "shapes" and result["classes"] == "all"
+        if right and result["shots"] == 16 and result["n_prompts"] and not changed.keys() - {"lr"}:
+            key = result["method"], changed.get("lr", "published")
+            found[key].append((result["val_accuracy"], result["accuracy"]))
+    rows = [
+        [method, lr, len(n), *("{:.1f} ± {:.1f}".format(*mean_std(c)) for c in zip(*n))]
+        for (method, lr), n in sorted(found.items(), key=str)
+    ]
+    return [["method", "lr", "seeds", "val", "test"], *rows]
+
+
+def images_table(results):
+    """What is learned in the image encoder, for MoCoOp and CoOp, on the four tasks."""
+    seconds = defaultdict(lambda: defaultdict(list))  # label -> task -> of each run
+    for result, *_ in results.lines:
+        if result["classes"] == "all" and result["shots"] == 16:
+            seconds[result["label"]][result["dataset"]].append(result["train_seconds"])
+    rows = []
+    for method in ("mocoop", "coop"):
+        for side in ("nothing", "layer-norms", "prompts"):
+            label = method if side == "nothing" else f"{method}-image_side{side}"
+            means = map(cell, results.over_tasks(label).values())
+            singly = [cell(results.measures(task, label)["all"]) for task in TASKS]
+            took = np.mean([np.mean(of) for of in seconds[label].values()])
+            rows.append([NAMES[method], side, *means, *singly, f"{took:.0f}"])
+    heading = ["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS, "s"]
+    return [heading, *rows]
+
+
+def parts_exchanged(lines, columns):
+    """{way of routing, text features: mean accuracy per column} of the runs that were taken apart.
+    columns: (task, images) each."""
+    found = defaultdict(lambda: defaultdict(list))
+    for result, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
+        for images, of in (parts or {}).items():
+            for way, value in of["accuracy"].items():
+                routing, texts = way.split(", ")
+                if result["method"] == "coop":  # it has one prompt, so no routing
+                    way = f"CoOp: {texts}"
+                if result["method"] == "mocoop" or routing == "router":
+                    found[way][result["dataset"], images].append(value)
+    return {way: [np.mean(values[c]) for c in columns] for way, values in found.items()}
+
+
+def why_table(results):
+    """Accuracy with parts of the trained mixture exchanged, on base and on new classes, by task."""
+    columns = [(task, classes) for classes in ("base", "new") for task in TASKS]
+    table = [["routing, text features", "base", "new", *map(" ".join, columns)]]
+    lines = [line for line in results.lines if line[0]["seed"] in SEEDS]
+    for way, means in parts_exchanged(lines, columns).items():
+        halves = np.reshape(means, (2, len(TASKS))).mean(axis=1)
+        table.append([way, *(f"{mean:.1f}" for mean in (*halves, *means))])
+    return table
+
+
+def why_shifted_table(results):
+    """The same for training on all classes of `shapes`, on its test images and the shifted sets."""
+    found = parts_exchanged(results.lines, [("shapes", images) for images in ("all", *SHIFTED)])
+    rows = [[way, *(f"{mean:.1f}" for mean in means)] for way, means in found.items()]
+    return [["routing, text features", "shapes", *SHIFTED], *rows]
+
+
+def gate_table(results):
+    """What the gate does, and how far apart the classes are, by what is looked at."""
+    found = defaultdict(list)
+    for result, _, parts in results.lines:
+        for images, of in (parts if parts and result["method"] == "mocoop" else {}).items():
+            what = images if images in SHIFTED else f"{result['dataset']}, {images}"
+            found[what].append(of["gate"] | of["classes"])
+    rows = [
+        [what, *(f"{np.mean([of[key] for of in every]):.3f}" for key in every[0])]
+        for what, every in sorted(found.items())
+    ]
+    return [["images of", *next(iter(found.values()))[0]], *rows]
+
+
+TABLES = {
+    "few-shot": few_shot_table,
+    "methods": methods_table,
+    "paired": paired_table,
+    "tasks": tasks_table,
+    "shifted": shifted_table,
+    "ablations": ablation_table,
+    "rates": rates_table,
+    "images": images_table,
+    "why": why_table,
+    "why-shifted": why_shifted_table,
+    "gate": gate_table,
+}
+
+
+def filled(page, results):
+    """A Markdown page with each table in its place."""
+    place = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(
+        lambda found: f"{found[1]}{markdown(TABLES[found[2]](results))}\n{found[3]}", page
+    )
 
 
 def write_tables(lines):
-    """Fills README.md and docs/RESULTS.md, and draws assets/few_shot.png, router.png, usage.png,
-    ablation.png."""
-    for page, tables in results.pages(lines).items():
-        text = results.filled(page.read_text(encoding="utf-8"), tables)
+    """Fills the pages and draws assets/few_shot.png, router.png, usage.png, ablation.png."""
+    for page in PAGES:
+        text = filled(page.read_text(encoding="utf-8"), Results(lines))
         page.write_text(text, encoding="utf-8")
-    shapes = [line[:2] for line in lines if line[0]["dataset"] == "shapes"]
-    shapes = [run for run in shapes if "image_side" not in run[0]["changed_flags"]]
-    drawn = draw_pictures(shapes, Path("assets"))
+    pictured = [
+        line[:2]
+        for line in lines
+        if line[0]["dataset"] == "shapes" and "image_side" not in line[0]["changed_flags"]
+    ]
+    drawn = draw_pictures(pictured, Path("assets"))
     print(f"saved: README.md, docs/RESULTS.md, assets/{', assets/'.join(drawn)}")
+
+
+def read_results(file=RESULTS):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def run_command_line():
@@ -169,16 +432,14 @@ def run_command_line():
     parser.add_argument("--tables", action="store_true", help="only tables and pictures, no runs")
     parser.add_argument("--again", action="store_true", help="a tenth of the runs once more")
     args = parser.parse_args()
-    todo = list(jobs())
     if args.again:
-        run_again(todo)
+        run_again(list(jobs()))
         return
     if not args.tables:
-        start = time.time()
-        lines = list(run_all(todo).values())
-        print(f"{len(lines)} runs in {(time.time() - start) / 60:.0f} minutes")
-        results.save_results(lines, results.RESULTS)
-    write_tables(results.load_results())
+        lines = run_all(list(jobs()))
+        text = [json.dumps(line, separators=(",", ":")) for line in lines]
+        RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_tables(read_results())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m tools.why RUN      # a finished run of mocoop or coop
 
-Takes a trained mixture apart and puts other parts in their place: hand-written prototypes for its
-prompts, equal weights or the gate's own target for its router. Writes `why.json` into the run's
-folder; `tools.reproduce` does it for its runs and makes tables of it.
+Takes a trained mixture apart and exchanges its parts: hand-written prototypes instead of its
+prompts, equal weights or the gate's own target instead of its router. Writes `why.json` into the
+run's folder; `tools.reproduce` does so for its runs and makes tables of it.
 """
 
 from pathlib import Path
@@ -13,32 +13,30 @@ import torch
 
 from data import load_split, select_classes
 from eval import load_run
-from lib.errors import BadInput, exit_on_bad_input
-from lib.flags import Parser
-from lib.images import image_features
-from lib.metrics import accuracy
-from lib.runs import save_json
-from lib.templates import all_templates
+from lib.catalogue import all_templates
+from lib.features import image_features
+from lib.report import accuracy
+from lib.runs import BadInput, Parser, exit_on_bad_input, save_json
 from prompts import hard_prototypes, template_features
-from router import gate_target, mixed_logits
-from train import learns_images
+from router import GATE_TARGETS, mixed_logits
+from train import BASELINES, learns_images, text_encoder_of
 
 
 @torch.no_grad()
 def take_apart(run, split):
-    """Numbers of a run on the test images of a split: {"accuracy": {parts: percent}, "gate": {...},
+    """What a run makes of the test images of a split: {"accuracy": {parts: percent}, "gate": {...},
     "classes": {...}}."""
-    clip_model, model = run.clip_model, run.model
+    model, names, labels = run.model, split.class_names, split.labels(split.test)
     cached = not learns_images(run.config)
     f = image_features(
-        clip_model, run.fingerprint, split, split.test, what="test images", cached=cached
+        run.clip_model, run.fingerprint, split, split.test, what="test images", cached=cached
     )
-    labels = split.labels(split.test)
-    hard = template_features(clip_model, all_templates(run.groups), split.class_names)
+    templates = all_templates(run.groups)
+    hard = template_features(run.clip_model, templates, names, text_encoder_of(run.config))
     prototypes = hard_prototypes(hard, run.groups)  # (G, C, D)
-    model.set_classes(split.class_names)
-    soft = model.text_features()  # (G, C, D)
+    soft = model.text_features(names)  # (G, C, D)
     gate_logits, weights = model.router(f)
+    gate_target = GATE_TARGETS["label"]
 
     routings = {
         "router": weights,
@@ -51,11 +49,12 @@ def take_apart(run, split):
         for text, t in texts.items():
             logits = mixed_logits(f, t, w, model.logit_scale)
             found[f"{routing}, {text}"] = accuracy(logits.argmax(dim=-1), labels)
+    gate = torch.distributions.Categorical(logits=gate_logits)
     return {
         "accuracy": found,
         "gate": {  # of 1 and log(G) nats at most
-            "best prompt's share": gate_logits.softmax(dim=-1).amax(dim=-1).mean().item(),
-            "entropy": torch.distributions.Categorical(logits=gate_logits).entropy().mean().item(),
+            "best prompt's share": gate.probs.amax(dim=-1).mean().item(),
+            "entropy": gate.entropy().mean().item(),
         },
         "classes": {
             "cosine of two classes, prompts": _between_classes(soft),
@@ -74,13 +73,11 @@ def _between_classes(text_features):
 
 def why(folder, datasets=()):
     """`why.json` of a run: on its own classes, on the new ones if these are the base, and on all
-    classes of further datasets. Returns its dictionary."""
+    classes of further datasets. Returns its content."""
     run = load_run(folder)
     config = run.config
-    if config["classifier"] != "prompts" or config["conditional"]:
-        raise BadInput(
-            f"{folder} is a run of {config['method']}: there is no mixture to take apart"
-        )
+    if config["method"] in BASELINES or config["conditional"]:
+        raise BadInput(f"{folder} is a run of {config['method']}: it has no mixture to take apart")
     own = ("base", "new") if config["classes"] == "base" else (config["classes"],)
     tasks = {classes: (config["dataset"], classes) for classes in own}
     tasks |= {dataset: (dataset, "all") for dataset in datasets}

@@ -1,25 +1,24 @@
 """Many processes on one task: `torchrun --nproc_per_node N train.py ...`.
 
-Every process holds the same prompts and router, sees the same batches and computes the same
-losses; what is split is the work of encoding: images before training, sentences during it. In a
-step, each process encodes its share of the sentences, all get all the features
-(`sum_over_processes`), and in the backward pass each follows its own share back to the prompts,
-where the parts of the gradient are added up (`sum_gradients`). From there on all are equal again,
-so nothing else needs to be sent. (With --image-side each process computes the image encoder's
-gradients for itself; on a CPU they are equal to the bit.)
+Every process holds the same prompts and router, sees the same batches and computes the same losses.
+What is split is the work of the frozen encoders: images before training, sentences during it. In a
+step, each process encodes its share of the sentences and all get all features
+(`sum_over_processes`). In the backward pass each follows its own share back to the prompts, where
+the parts of the gradient are added up (`sum_gradients`). From there on all processes hold the same
+numbers again, so nothing else needs to be sent. (With --image-side each process computes the
+gradients of the image encoder for itself.)
 
-Without torchrun all of this does nothing. The processes share one disk; the first one writes. A
-process that dies takes the others with it: torchrun sees to that.
+Without torchrun all of this does nothing. The processes share one disk, and the first one writes.
+When a process fails, torchrun ends the others.
 """
 
 import os
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lib.errors import BadInput
+from lib.runs import BadInput
 
 
 def choose_device(name):
@@ -49,11 +48,10 @@ def n_threads():
 
 def mixed_dtype(device):
     """What the frozen encoders' products are computed in while training: bf16 on a GPU that has it,
-    fp16 on an older one, fp32 on a CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float16
+    else fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def rank():
@@ -67,12 +65,10 @@ def world():
 
 
 def join(device):
-    """Joins the processes of torchrun, if there are any. From here on only the first prints."""
+    """Joins the processes of torchrun, if there are any. From then on only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    # The time covers a download that the others wait for, not a process that dies.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -116,19 +112,11 @@ def sum_gradients(x):
     return _SumGradients.apply(x) if world() > 1 else x
 
 
-def gather(action):
-    """[what `action()` gives in every process, in their order], in every process. If it raises
-    BadInput in one, all end with that."""
-    try:
-        thing = action()
-    except BadInput as error:
-        thing = error
+def gather(thing):
+    """[every process's thing, in their order], in every process."""
     things = [thing] * world()
     if world() > 1:
         dist.all_gather_object(things, thing)
-    for thing in things:
-        if isinstance(thing, BadInput):
-            raise thing
     return things
 
 
@@ -138,18 +126,3 @@ def from_first(thing):
     if world() > 1:
         dist.broadcast_object_list(things, device=torch.device("cpu"))
     return things[0]
-
-
-def first(action):
-    """`action()` in every process, in the first one before the others: what it downloads, they
-    find. If it fails there, it fails everywhere."""
-    failed, result = None, None
-    if rank() == 0:
-        try:
-            result = action()
-        except (ValueError, OSError) as error:
-            failed = error
-    failed = from_first(failed)
-    if failed is not None:
-        raise failed
-    return result if rank() == 0 else action()

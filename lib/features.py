@@ -1,0 +1,364 @@
+"""Image features: preprocessing, views, the frozen image encoder, and the cache on disk.
+
+CLIP's image encoder is frozen, so an image's feature never changes. Each image is encoded once, a
+training image once per *view* (an augmented crop), and the features are kept on disk for every
+later run with another seed, method or number of shots. Threads load one batch ahead of the encoder:
+Pillow and torch release the interpreter while they work.
+
+A dataset has a folder in the cache, and in it one folder per CLIP and way of encoding, with
+*shards*: files of keys and rows. A shard is written whole under a temporary name and never changes
+afterwards, so runs can share the cache at the same time. At worst both encode an image.
+
+An image's key names its content: its path below the dataset's folder, its size and a digest of its
+beginning. So a copy of a dataset and its cache on another disk finds everything.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lib import parallel, world
+from lib.clip_model import MEAN, STD
+from lib.fast_clip import encode_images
+from lib.photos import upright_rgb
+from lib.runs import BadInput, replacing
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
+ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
+BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
+SHARD = 4096  # rows; what is encoded is safe on disk at least this often
+DIGESTED = 2**16  # bytes at the beginning of an image file
+
+# ------------------------------------------------------------------------------- preprocessing
+
+
+def preprocess(image, size, rng=None):
+    """PIL -> uint8 (3, size, size). CLIP's own: the short side to `size` pixels, centre crop.
+
+    rng: a `torch.Generator` for CoOp's in training instead: a random resized crop (8 to 100% of the
+    area), flipped half the time. The draws are those of torchvision's `RandomResizedCrop` and
+    `RandomHorizontalFlip`, which have no generator but the global one, and all threads share that.
+    """
+    import torchvision.transforms.functional as TF  # here: --help need not wait a second for it
+
+    bicubic = TF.InterpolationMode.BICUBIC
+    if rng is None:
+        image = TF.center_crop(TF.resize(image, size, bicubic), [size, size])
+    else:
+        image = TF.resized_crop(image, *_crop(*image.size, rng), [size, size], bicubic)
+        if torch.rand(1, generator=rng) < 0.5:
+            image = TF.hflip(image)
+    return TF.pil_to_tensor(image)
+
+
+def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
+    """A random part of an image of that size: (top, left, height, width) in pixels."""
+    low, high = torch.log(torch.tensor(ratios))
+    for _ in range(10):
+        area = width * height * torch.empty(1).uniform_(0.08, 1.0, generator=rng).item()
+        ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=rng)).item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,), generator=rng).item()
+            left = torch.randint(width - w + 1, (1,), generator=rng).item()
+            return top, left, h, w
+    # A very long image: the largest part in its middle that has one of the ratios.
+    w = min(width, round(height * ratios[1]))
+    h = min(height, round(width / ratios[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def as_clip_reads(images, device):
+    """A list of uint8 (3, H, W) as one normalised batch (B, 3, H, W). Not done in the threads:
+    torch's arithmetic would start as many threads again in each of them."""
+    batch = torch.stack(images).to(device).float() / 255
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+    return (batch - mean) / std
+
+
+def load_image(split, path, view, size):
+    """An image of a split, preprocessed: uint8 (3, size, size).
+
+    view: None for the test transform, else the number of the view, which is seeded by path and
+    number alone, so that seeds and methods share it.
+    """
+    rng = None
+    if view is not None:
+        seed = hashlib.sha256(os.fsencode(f"{path}|{view}")).digest()[:8]
+        rng = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+    return preprocess(split.open(path), size, rng)
+
+
+@functools.cache
+def _threads():
+    """One pool for the whole run."""
+    return ThreadPoolExecutor(parallel.n_threads())
+
+
+def _one_ahead(load, batches):
+    """Yields a list of `load(*item)` for the items of each batch, while threads load the next."""
+    ahead = []
+    for batch in batches:
+        ahead.append([_threads().submit(load, *item) for item in batch])
+        if len(ahead) > 1:
+            yield [future.result() for future in ahead.pop(0)]
+    for futures in ahead:
+        yield [future.result() for future in futures]
+
+
+# ----------------------------------------------------------------------------------- the cache
+
+
+def _hashed(text):
+    """16 bytes that stand for a text."""
+    return hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
+
+
+def _content_names(split, paths):
+    """{path: a string that names all that a drawing, or the pixels read from a file, depend on}.
+
+    Raises BadInput for an unreadable file.
+    """
+    if split.folder is None:
+        return {path: f"{split.dataset}/{path}|{world.SOURCE_HASH}" for path in paths}
+
+    def name(path):
+        file = split.folder / path
+        try:
+            with open(file, "rb") as content:
+                digest = hashlib.blake2b(content.read(DIGESTED), digest_size=16).hexdigest()
+            # CoOp reads images in its own way, see `Split.open`.
+            return f"{path}|{split.source == 'coop'}|{file.stat().st_size}|{digest}"
+        except OSError as error:
+            raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
+
+    return dict(zip(paths, _threads().map(name, paths)))
+
+
+def _load_rows(folder, keys, width):
+    """The cached rows among `keys`: {key: (width,) float32}."""
+    rows = {}
+    for shard in sorted(folder.glob("*.npz")) if os.access(folder, os.R_OK | os.X_OK) else []:
+        try:
+            with np.load(shard) as file:  # the zip format brings checksums
+                shard_keys = [key.tobytes() for key in file["keys"]]
+                if not keys.isdisjoint(shard_keys):
+                    found = file["rows"]
+                    if found.shape != (len(shard_keys), width) or not np.isfinite(found).all():
+                        raise ValueError("not features of this CLIP")
+                    rows.update((k, r) for k, r in zip(shard_keys, found) if k in keys)
+        except OSError as error:
+            print(f"a cache file is left out: {error}")
+        except Exception:  # damaged bytes may raise anything, and are only a cache
+            print(f"the cache file {shard} is damaged: encoding its images again")
+            with contextlib.suppress(OSError):
+                shard.unlink()
+    return rows
+
+
+def _save_rows(folder, rows):
+    """One new shard. A cache that cannot be written costs time, not the run."""
+    try:
+        keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 16)
+        shard = folder / f"{_hashed(repr(list(rows))).hex()}.npz"
+        with replacing(shard) as scratch, open(scratch, "wb") as file:
+            np.savez(file, keys=keys, rows=np.stack(list(rows.values())))
+    except OSError as error:
+        print(f"features are not cached: {error}")
+
+
+# ------------------------------------------------------------------------------------ features
+
+
+def image_features(
+    clip_model, fingerprint, split, items, n_views=None, what="images", cached=True, raw=False
+):
+    """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
+
+    clip_model, fingerprint: from `load_clip`. split: opens and names the images. items: from its
+    lists. n_views: None for the test transform, else how many augmented views per image.
+    what: to call them in the line that says how many came from the cache.
+    cached: False for an encoder that has been trained since it was given its fingerprint.
+    raw: features as long as CLIP makes them, as a linear probe takes them; not normalised.
+    Returns (N, D), or (N, views, D), on the model's device.
+    Raises BadInput for an image that cannot be read, and for features that are not finite.
+    """
+    device, width = clip_model.logit_scale.device, clip_model.text_projection.shape[1]
+    if not items:
+        return torch.zeros(0, width, device=device)
+    # Everything that a feature depends on. The folder's name has the weights and the way of
+    # encoding, a row's key the image and the view.
+    how = [ENCODING, fingerprint, device.type, PIL.__version__, version("torchvision")]
+    folder = CACHE / split.name / _hashed("|".join(map(str, how))).hex()
+    views = range(n_views) if n_views else [None]
+    names = _content_names(split, list(dict.fromkeys(item.path for item in items)))
+    keys = [_hashed(f"{names[item.path]}|{view}") for item in items for view in views]
+    wanted = dict(zip(keys, [(item.path, view) for item in items for view in views]))
+
+    # The first process reads and writes the cache; all of them encode.
+    rank, n_processes, rows = parallel.rank(), parallel.world(), {}
+    if cached and rank == 0:
+        rows = _load_rows(folder, wanted.keys(), width + 1)
+    rows = parallel.from_first(rows)
+    todo = [key for key in wanted if key not in rows]
+    print(
+        f"{what}: {len(items):,}"
+        + (f" x {len(views)} views" if len(views) > 1 else "")
+        + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
+    )
+    with tqdm(total=len(todo), unit=" images", leave=False, disable=rank > 0 or None) as bar:
+        for start in range(0, len(todo), SHARD):
+            own = todo[start : start + SHARD][rank::n_processes]
+            encoded = _encode(clip_model, split, [wanted[key] for key in own], bar)
+            shard = {}
+            for part in parallel.gather(dict(zip(own, encoded))):
+                shard |= part
+            rows |= shard
+            if cached and rank == 0:
+                _save_rows(folder, shard)
+    stored = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
+    features, norms = stored.split([width, 1], dim=1)
+    features = features * norms if raw else features.contiguous()
+    return features if n_views is None else features.view(len(items), n_views, width)
+
+
+@torch.no_grad()
+def _encode(clip_model, split, wanted, bar):
+    """Features of images, one array (D + 1,) each: the unit vector, and the norm that it had.
+
+    wanted: (path, view) of each. Every batch is filled up with zeros to one size: matrix products
+    of one shape treat an image alike whatever its neighbours, so that what was in the cache before
+    a run changes its features by rounding at most.
+    """
+    device = clip_model.logit_scale.device
+    size, n = clip_model.visual.input_resolution, BATCH[device.type]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
+    load = functools.partial(load_image, split, size=size)
+    rows = []
+    for batch, loaded in zip(batches, _one_ahead(load, batches)):
+        images = as_clip_reads(loaded, device)
+        padded = images.new_zeros(n, *images.shape[1:])
+        padded[: len(images)] = images
+        features = encode_images(clip_model, padded, dtype)[: len(images)]
+        finite = features.isfinite().all(dim=1)
+        if not finite.all():
+            path, _ = batch[finite.int().argmin()]
+            raise BadInput(
+                f"CLIP's features of {(split.folder or split.name)}/{path} are not finite numbers:"
+                " are these weights damaged?"
+            )
+        norm = features.norm(dim=-1, keepdim=True)
+        rows.extend(torch.cat([F.normalize(features, dim=-1), norm], dim=1).cpu().numpy())
+        bar.update(len(images) * parallel.world())  # the others have done as much
+    return rows
+
+
+@torch.no_grad()
+def photo_features(clip_model, images, raw=False):
+    """Features (N, D) of PIL images that belong to no dataset. raw: not normalised."""
+    if not images:
+        raise BadInput("there is no image to look at")
+    device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
+    features = []
+    for image in images:
+        pixels = as_clip_reads([preprocess(upright_rgb(image), size)], device)
+        features.append(encode_images(clip_model, pixels, torch.float32))
+    return torch.cat(features) if raw else F.normalize(torch.cat(features), dim=-1)
+
+
+# ----------------------------------------------------------------------------- while training
+
+
+def training_features(clip_model, fingerprint, split, n_views, live):
+    """The training images of a split, as a training loop reads them: `CachedImages`, or
+    `LiveImages` if `live`, for an image encoder that learns.
+
+    n_views: stored crops per image. Drawn images are never cropped.
+    """
+    if live:
+        return LiveImages(clip_model, split)
+    n_views = None if split.folder is None else n_views
+    what = "training images"
+    return CachedImages(image_features(clip_model, fingerprint, split, split.train, n_views, what))
+
+
+class CachedImages:
+    """Images encoded beforehand, all views of each."""
+
+    def __init__(self, features):
+        """features: (N, views, D), or (N, D) for images with one view."""
+        self.features = features if features.dim() == 3 else features[:, None]
+        self.n_views = self.features.shape[1]
+
+    def batches(self, batches, views, epoch):
+        """Yields the features (B, D) of one batch after the other. batches: indices of images, (B,)
+        each. views: (N,), the view to take of each image."""
+        # One trip to the device per epoch: a GPU waits for none of its batches.
+        order, device = torch.cat(batches), self.features.device
+        features = self.features[order.to(device), views[order].to(device)]
+        yield from features.split([len(batch) for batch in batches])
+
+
+class LiveImages:
+    """Images encoded in every step, cropped anew in every epoch."""
+
+    n_views = 1
+
+    def __init__(self, clip_model, split):
+        print("the image encoder learns, too: images are encoded in every step")
+        self.clip_model, self.split = clip_model, split
+
+    def batches(self, batches, views, epoch):
+        """As `CachedImages.batches`. The epoch is the number of the view."""
+        size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
+        view, dtype = None if self.split.folder is None else epoch, parallel.mixed_dtype(device)
+        load = functools.partial(load_image, self.split, view=view, size=size)
+        paths = [[(self.split.train[i].path,) for i in batch.tolist()] for batch in batches]
+        for loaded in _one_ahead(load, paths):
+            features = encode_images(self.clip_model, as_clip_reads(loaded, device), dtype)
+            yield F.normalize(features, dim=-1)
+
+
+# ---------------------------------------------------------------- learning in the image encoder
+
+SIDES = "frozen", "layer-norms", "prompts"
+N_PROMPTS = 4
+
+
+def learnable_part(clip_model, side):
+    """The part of the image encoder that `--image-side` learns, a module; None for `frozen`. The
+    encoder does not use it before `attach`.
+
+    side: `layer-norms`, those of the blocks, as in MoCoOp's and LASP's published runs; or
+    `prompts`: N_PROMPTS tokens that join an image's patches before the first block (visual prompt
+    tuning, shallow, arXiv 2203.12119). Raises BadInput for a ResNet, which has neither.
+    """
+    if side == "frozen":
+        return None
+    visual = clip_model.visual
+    if not hasattr(visual, "transformer"):
+        raise BadInput(f"--image-side {side} needs a CLIP with a ViT: this one has none")
+    if side == "prompts":
+        width = visual.class_embedding.shape[0]
+        return nn.ParameterList([nn.Parameter(0.02 * torch.randn(N_PROMPTS, width))])
+    norms = [norm for block in visual.transformer.resblocks for norm in (block.ln_1, block.ln_2)]
+    return nn.ModuleList(norms).requires_grad_(True)
+
+
+def attach(clip_model, part):
+    """Makes the image encoder use a `learnable_part`. LayerNorms are part of it from the start."""
+    if isinstance(part, nn.ParameterList):
+        clip_model.visual.prompts = part[0]

@@ -1,0 +1,379 @@
+"""Numbers, tables and pictures: of a model's predictions, and of runs by their `result.json`."""
+
+import json
+import warnings
+from collections import Counter, defaultdict
+from itertools import cycle
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.catalogue import row_of
+from lib.runs import replacing, run_label
+
+BASELINES = "zeroshot", "ensemble"  # every run brings their accuracies along
+MOST_ROWS = 40  # of a heat map
+LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # distinct without colour
+GREY_LINES = {"zero-shot": ":", "ensemble": "--"}
+
+# ------------------------------------------------------------------------------------- numbers
+
+
+def accuracy(predictions, labels):
+    """Top-1 accuracy in percent of predicted labels (N,)."""
+    return round(100 * (predictions.cpu() == labels).float().mean().item(), 2)
+
+
+def per_class_accuracy(predictions, labels, class_names):
+    """{class name: top-1 accuracy in percent, None without images}."""
+    found = {}
+    for label, name in enumerate(class_names):
+        own = labels == label
+        key = name if name not in found else f"{name} ({label})"  # ImageNet has a few names twice
+        found[key] = accuracy(predictions[own], labels[own]) if own.any() else None
+    return found
+
+
+def prompt_usage(weights, templates):
+    """{template: its prompt's share of the router's weight}, of weights (N, G); sums to 1."""
+    return {t: round(share, 4) for t, share in zip(templates, weights.mean(dim=0).tolist())}
+
+
+def usage_by_kind(weights, kinds, names):
+    """The mean weight of every prompt over each kind of image, as it goes to `result.json`.
+
+    weights: (N, G). kinds: the kind of each image, an index into names.
+    Returns {"rows": names, "share": G numbers that sum to 1, per row}.
+    """
+    weights, kinds = weights.numpy(), np.array(kinds)
+    share = [weights[kinds == row].mean(axis=0) for row in range(len(names))]
+    return {"rows": list(names), "share": [row.round(4).tolist() for row in share]}
+
+
+def harmonic_mean(base, new):
+    """The field's H of base and new accuracy."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def mean_std(values):
+    """Mean and population standard deviation, as CoOp reports them."""
+    values = np.fromiter(values, float)
+    return values.mean(), values.std()
+
+
+# ------------------------------------------------------------------------------------- one run
+
+
+def announce(config, split, model):
+    """Prints what is about to be run."""
+    own = split.source == "coop" and split.samples == "own"
+    prompts = f" with {len(model.templates)} prompts, {model.top_k} per image" if model else ""
+    print(
+        f"{split.name}: {len(split.class_names)} {config['classes']} classes, {config['shots']}"
+        f" shots, seed {config['seed']}{' (samples of our own)' if own else ''};"
+        f" CLIP {config['clip']}; {config['method']}{prompts}"
+    )
+    if model:
+        print("prompts: " + " | ".join(model.templates))
+    if config["groups"] == "dataset" and not row_of(split.dataset).templates:
+        print(f"{split.name} has no templates: SUN397's four groups are used (see --groups)")
+
+
+def evaluate_model(model, config, changed, split, classes, features):
+    """A model on the test images of a split: (what `result.json` says of it, predicted labels (N,),
+    prompt weights (N, G)). changed: settings that differ from their defaults. features: (N, D)."""
+    logits, weights = model.logits(features, split.class_names)
+    predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
+    labels = split.labels(split.test)
+    result = {
+        "dataset": split.name,
+        "classes": classes,
+        "shots": config["shots"],
+        "seed": config["seed"],
+        "method": config["method"],
+        "label": run_label(config["method"], changed),
+        "changed_flags": changed,
+        "clip": config["clip"],
+        "n_prompts": len(model.templates),
+        "top_k": model.top_k,
+        "n_classes": len(split.class_names),
+        "n_test": len(split.test),
+        "split": split.source,
+        "accuracy": accuracy(predictions, labels),
+        "per_class_accuracy": per_class_accuracy(predictions, labels, split.class_names),
+        "prompt_usage": prompt_usage(weights, model.templates),
+        "router": usage_by_kind(weights, *split.kinds),
+    }
+    return result, predictions, weights
+
+
+def accuracy_on(model, split, items, features):
+    """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
+    if not items:
+        return None
+    logits, _ = model.logits(features, split.class_names)
+    return accuracy(logits.argmax(dim=-1), split.labels(items))
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+class Line(NamedTuple):
+    """What the runs in one row of a table have in common."""
+
+    dataset: str
+    classes: str
+    clip: str
+    shots: int  # 0 for CLIP as it is
+    label: str  # the method and its changed flags, as in a run's folder
+    method: str
+    changed_flags: str  # JSON
+
+
+def accuracies(runs):
+    """{Line: {column: {seed: accuracy}}}, in percent. runs: from `lib.runs.find_runs`.
+
+    Runs that differ in the seed alone share a row, and so does CLIP as it is. Columns: `accuracy`,
+    on the run's own task; `new`, a base run evaluated on the new classes; and any other dataset
+    that the runs were evaluated on.
+    """
+    rows = defaultdict(lambda: defaultdict(dict))
+    for result, evaluations in runs:
+        config, changed = result["config"], result["changed_flags"]
+        task = result["dataset"], result["classes"], result["clip"]
+        # The ensemble depends on the templates alone, however they are grouped.
+        templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
+        own = Line(*task, config["shots"], result["label"], result["method"], json.dumps(changed))
+        lines = {
+            "zero_shot_accuracy": Line(*task, 0, "zero-shot", "zero-shot", "{}"),
+            "ensemble_accuracy": Line(*task, 0, "ensemble", "ensemble", json.dumps(templates)),
+        }
+        if result["method"] not in BASELINES:
+            lines["accuracy"] = own
+        for key, line in lines.items():
+            columns = rows[line]
+            columns["accuracy"][config["seed"]] = result[key]
+            for other in evaluations:
+                differs = [other[k] for k in ("dataset", "classes") if other[k] != result[k]]
+                if differs:
+                    columns[" ".join(differs)][config["seed"]] = other[key]
+    return rows
+
+
+def mean_h(columns):
+    """H of the mean base and the mean new accuracy of base runs, over the seeds that have both, and
+    the standard deviation of each seed's own H. None without such seeds."""
+    seeds = columns["accuracy"].keys() & columns.get("new", {}).keys()
+    if not seeds:
+        return None
+    pairs = [(columns["accuracy"][s], columns["new"][s]) for s in seeds]
+    return harmonic_mean(*np.mean(pairs, axis=0)), np.std([harmonic_mean(*p) for p in pairs])
+
+
+def runs_table(runs):
+    """All runs in Markdown. runs: from `lib.runs.find_runs`."""
+    rows = accuracies(runs)
+
+    def cell(values):
+        if not values:
+            return ""
+        mean, std = mean_std(values.values())
+        return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 and std else f"{mean:.1f}"
+
+    targets = sorted({c for row in rows.values() for c in row} - {"accuracy", "new"})
+    columns = ["dataset", "classes", "CLIP", "method", "shots", "seeds", "accuracy", "new", "H"]
+    lines = [[*columns, *targets]]
+    for row in sorted(rows, key=lambda row: (*row[:3], row.shots, row)):
+        values = rows[row]
+        h = mean_h(values) if row.classes == "base" else None
+        what = [row.dataset, row.classes, row.clip, row.label, row.shots or ""]
+        cells = [cell(values["accuracy"]), cell(values["new"]), f"{h[0]:.1f}" if h else ""]
+        cells += [cell(values[target]) for target in targets]
+        lines.append([*what, len(values["accuracy"]) if row.shots else "", *cells])
+    used = [i for i in range(len(lines[0])) if any(line[i] != "" for line in lines[1:])]
+    return markdown([[line[i] for i in used] for line in lines])
+
+
+def markdown(lines):
+    """Rows of cells, the heading first, as a table in Markdown."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def new_figure(width, height, down=1, across=1, sharey=False):
+    """A figure in inches, and its axes (down, across). It is drawn without pyplot, so that it needs
+    neither a display nor a choice of backend."""
+    import matplotlib  # here: training does not wait for it
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a dollar
+    warnings.filterwarnings("ignore", "Glyph")  # nor has the font every script
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(down, across, sharey=sharey, squeeze=False)
+
+
+def save_figure(figure, path, dpi=120):
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=dpi, format="png")
+
+
+def router_picture(result, path):
+    """The router's table of a `result.json` as a heat map."""
+    save_figure(router_figure([result], f"{result['dataset']}, {result['classes']} classes"), path)
+
+
+def router_figure(results, title):
+    """Shares of the router's weight, kinds of images x prompts, with their numbers: the mean over
+    runs. Of many classes it shows those whose prompts differ most from the average."""
+    share = np.mean([result["router"]["share"] for result in results], axis=0)
+    rows = [name[:60] for name in results[0]["router"]["rows"]]
+    columns = [name[:60] for name in results[0]["prompt_usage"]]
+    if len(rows) > MOST_ROWS:
+        unusual = np.abs(share - share.mean(axis=0)).sum(axis=1).argsort()[::-1]
+        shown = sorted(unusual[:MOST_ROWS])
+        share, rows = share[shown], [rows[row] for row in shown]
+        title += f" (the {MOST_ROWS} most unusual)"
+    figure, [[axes]] = new_figure(max(7.0, 2.6 + 0.75 * len(columns)), 2.2 + 0.32 * len(rows))
+    axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("soft prompt, by its group's first template")
+    axes.set_title(f"{title}:\nshare of the router's weight (%)", loc="left", fontsize=10)
+    for (y, x), value in np.ndenumerate(share):
+        colour = "white" if value > 0.6 else "black"
+        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+    return figure
+
+
+def samples_picture(images, titles, path):
+    """A sheet of test images. titles: (text, whether the answer is right) for each PIL image."""
+    across = 4
+    down = -(-len(images) // across)
+    figure, grid = new_figure(3.2 * across, 3.1 * down, down, across)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, (title, right) in zip(grid.flat, images, titles):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=8, loc="left", color="black" if right else "firebrick")
+    save_figure(figure, path, dpi=110)
+
+
+def draw_pictures(runs, folder):
+    """Draws `few_shot.png`, `router.png`, `usage.png` and `ablation.png` into the folder, as far as
+    there are runs for them. Names start with the dataset's if there are several; those of router
+    and usage end in the method's if it is not mocoop.
+
+    runs: from `lib.runs.find_runs`. Returns the files' names.
+    """
+    figures = {}
+    datasets = sorted({result["dataset"] for result, _ in runs})
+    for dataset in datasets:
+        own = [run for run in runs if run[0]["dataset"] == dataset]
+        # Pictures compare like with like: the CLIP and the templates that most runs have.
+        kinds = [(r["clip"], r["config"]["groups"]) for r, _ in own]
+        (clip, groups), _ = Counter(kinds).most_common(1)[0]
+        own = [run for run, kind in zip(own, kinds) if kind in ((clip, groups), (clip, "auto"))]
+        prefix = "" if len(datasets) == 1 else f"{dataset}_"
+        figures[f"{prefix}few_shot.png"] = few_shot_figure(own)
+        plain = [r for r, _ in own if not r["changed_flags"] and r["classes"] == "all"]
+        for method in sorted({r["method"] for r in plain if r["n_prompts"] > 1}):
+            suffix = "" if method == "mocoop" else f"_{method}"
+            results = [r for r in plain if r["method"] == method]
+            most = max(r["shots"] for r in results)
+            results = [r for r in results if r["shots"] == most]
+            n, seed = len(results), results[0]["seed"]
+            seeds = f"mean of {n} seeds" if n > 1 else f"seed {seed}"
+            title = f"{dataset}, {method}, {most} shots, {seeds}"
+            figures[f"{prefix}router{suffix}.png"] = router_figure(results, title)
+            title = f"{dataset}, {method}, {seeds}"
+            figures[f"{prefix}usage{suffix}.png"] = usage_figure(results, title)
+        figures[f"{prefix}ablation.png"] = ablation_figure(own)
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        save_figure(figure, folder / name)
+    return list(drawn)
+
+
+def few_shot_figure(runs):
+    """Accuracy against shots, one line per method, one standard deviation shaded."""
+    lines = defaultdict(dict)  # method -> shots -> accuracies
+    for row, columns in accuracies(runs).items():
+        if row.classes == "all" and (row.changed_flags == "{}" or not row.shots):
+            lines[row.method][row.shots] = list(columns["accuracy"].values())
+    if not any(len(line) > 1 for line in lines.values()):
+        return None
+    figure, [[axes]] = new_figure(7, 4.6)
+    for (method, line), (marker, style) in zip(sorted(lines.items()), LINES):
+        if 0 in line:  # CLIP as it is needs no shots
+            axes.axhline(np.mean(line[0]), color="grey", ls=GREY_LINES[method], lw=1, label=method)
+            continue
+        shots = sorted(line)
+        mean, std = np.transpose([mean_std(line[s]) for s in shots])
+        (drawn,) = axes.plot(shots, mean, marker=marker, ls=style, label=method)
+        axes.fill_between(shots, mean - std, mean + std, color=drawn.get_color(), alpha=0.2, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({s for line in lines.values() for s in line if s}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    seeds = max(len(values) for line in lines.values() for values in line.values())
+    axes.set(xlabel="shots (training images per class)", ylabel="accuracy (%)")
+    untrained = [np.mean(line[0]) for line in lines.values() if 0 in line]
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], min(untrained) - 10))  # a probe starts far below
+    axes.set_title(
+        f"{runs[0][0]['dataset']}, mean ± std, {seeds} seeds at most", loc="left", fontsize=10
+    )
+    axes.legend(frameon=False)
+    return figure
+
+
+def usage_figure(results, title):
+    """The share of each prompt in training, epoch by epoch, the mean over seeds."""
+    share = np.mean([r["prompt_usage_by_epoch"] for r in results], axis=0)  # (epochs, G)
+    figure, [[axes]] = new_figure(7.5, 4.6)
+    epochs = range(1, len(share) + 1)
+    every = max(1, len(share) // 10)
+    prompts = results[0]["prompt_usage"]
+    for template, line, (marker, style) in zip(prompts, 100 * share.T, cycle(LINES)):
+        axes.plot(epochs, line, marker=marker, ls=style, markevery=every, label=template)
+    axes.set(xlabel="epoch", ylabel="share of the router's weight (%)", ylim=(0, None))
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
+    return figure
+
+
+def ablation_figure(runs):
+    """MoCoOp, MoCoOp with other flags, and other mixtures as they are, at the most shots there are:
+    accuracy on all classes, and H from base to new where it was measured."""
+    mixtures = [run for run in runs if run[0]["method"] == "mocoop" or run[0]["n_prompts"] > 1]
+    most = max((r["shots"] for r, _ in mixtures if r["method"] == "mocoop"), default=0)
+    rows = defaultdict(dict)  # name -> panel -> (mean, std)
+    for row, columns in accuracies(mixtures).items():
+        changed = json.loads(row.changed_flags)
+        if row.shots != most or "lr" in changed or (row.method != "mocoop" and changed):
+            continue
+        flags = [k if v is True else f"{k} {v}" for k, v in changed.items()]
+        name = ", ".join(flags) if row.method == "mocoop" else row.method
+        if row.classes == "all":
+            values = columns["accuracy"].values()
+            rows[name]["accuracy, all classes (%)"] = mean_std(values)
+        elif row.classes == "base" and mean_h(columns):
+            rows[name]["H, base to new (%)"] = mean_h(columns)
+    if len(rows) < 2 or "" not in rows or not most:
+        return None
+    panels = sorted({panel for row in rows.values() for panel in row})
+    width, height = 1.8 + 3.6 * len(panels), 1.4 + 0.3 * len(rows)
+    figure, [grid] = new_figure(width, height, across=len(panels), sharey=True)
+    flags = sorted(rows, key=lambda f: (f != "", f), reverse=True)
+    labels = [f.replace("_", " ") or "MoCoOp" for f in flags]
+    for axes, panel in zip(grid, panels):
+        means, stds = np.array([rows[f].get(panel, (np.nan, 0)) for f in flags]).T
+        colours = ["0.35" if f == "" else "0.75" for f in flags]
+        axes.barh(labels, means, xerr=stds, color=colours, edgecolor="black", lw=0.5, capsize=2)
+        axes.axvline(means[flags.index("")], color="black", lw=0.8, ls=":")
+        low, high = np.nanmin(means - stds), np.nanmax(means + stds)
+        width = max(high - low, 1)  # all may be equal
+        axes.set(xlabel=panel, xlim=(low - 0.3 * width, high + 0.1 * width))
+    figure.suptitle(f"{runs[0][0]['dataset']}, {most} shots: bars do not start at 0", fontsize=10)
+    return figure

@@ -1,0 +1,383 @@
+"""Image features: transforms, views, and the cache.
+
+Features encoded among other neighbours, or by other operations, may differ by rounding: matrix
+products may add up in another order. `close` allows for it. Features taken from the cache, and the
+same images encoded again in the same batches, are equal to the bit.
+"""
+
+import hashlib
+import os
+import random
+import runpy
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import clip
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from conftest import draw_image
+from PIL import Image
+
+from data import Item, Split, load_split
+from lib import features, world
+from lib.clip_model import load_clip
+from lib.features import image_features
+from lib.runs import BadInput
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+
+
+def close(a, b, atol=1e-6):
+    return torch.allclose(a, b, rtol=0, atol=atol)
+
+
+# -------------------------------------------------------------------------------- transforms
+
+
+MODES = {"RGB": "jpg", "L": "png", "P": "gif", "CMYK": "jpg", "RGBA": "png", "1": "bmp"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with one photo per mode and shape, as a split: RGB, grey, palette, CMYK, ..."""
+    rng, items = np.random.default_rng(0), []
+    (tmp_path / "photos/a").mkdir(parents=True)
+    for mode, suffix in MODES.items():
+        for width, height in ((90, 50), (40, 41), (300, 20), (33, 200)):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            path = f"a/{mode}{width}.{suffix}"
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "photos" / path)
+            items.append(Item(path, 0))
+    return Split("photos", tmp_path / "photos", "coop", ["a"], items, [], items)
+
+
+def loaded(split, path, view):
+    """What CLIP gets of an image: (3, 32, 32)."""
+    return features.as_clip_reads([features.load_image(split, path, view, 32)], "cpu")[0]
+
+
+def test_the_test_transform_is_clips_own_on_images_made_rgb_first_as_coop_does(photos):
+    for item in photos.test:
+        image = Image.open(photos.folder / item.path).convert("RGB")
+        expected = clip.clip._transform(32)(image)
+        assert close(loaded(photos, item.path, None), expected), item.path
+
+
+def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_seed(photos):
+    crop = T.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+    normalise = T.Normalize(features.MEAN, features.STD)
+    theirs = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
+    for item in photos.train:
+        for view in range(6):
+            seed = hashlib.sha256(f"{item.path}|{view}".encode()).digest()[:8]
+            torch.manual_seed(int.from_bytes(seed, "little"))
+            expected = theirs(Image.open(photos.folder / item.path).convert("RGB"))
+            assert close(loaded(photos, item.path, view), expected)
+
+
+def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
+    split = load_split("eurosat", eurosat)
+    path, other = split.train[0].path, split.train[1].path
+
+    def view(path, number):
+        torch.manual_seed(random.randrange(1000))  # whatever else the run drew
+        state = torch.get_rng_state()
+        image = features.load_image(split, path, number, 32)
+        assert torch.equal(torch.get_rng_state(), state)  # takes nothing from the run's own draws
+        return image
+
+    assert torch.equal(view(path, 3), view(path, 3))
+    assert not torch.equal(view(path, 3), view(path, 4))
+    assert not torch.equal(view(path, 3), view(other, 3))
+
+
+def test_images_are_loaded_by_threads_one_batch_ahead():
+    loaded, threads = [], set()
+
+    def load(i):
+        loaded.append(i)
+        threads.add(threading.current_thread())
+        return i
+
+    stream = features._one_ahead(load, [[(i,) for i in range(n, n + 4)] for n in (0, 4, 8)])
+    assert next(stream) == [0, 1, 2, 3]
+    while len(loaded) < 8:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert sorted(loaded) == list(range(8))  # the second batch, and no more
+    assert list(stream) == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert threading.main_thread() not in threads
+
+
+# --------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def encode(random_clip, capsys):
+    """(features, printed line)"""
+
+    def encode(split, items, *views, fingerprint="x"):
+        found = image_features(random_clip, fingerprint, split, items, *views)
+        return found, capsys.readouterr().out
+
+    return encode
+
+
+def test_features_are_clips_own_normalised_or_raw(eurosat, random_clip, encode):
+    split = load_split("eurosat", eurosat)
+    preprocess = clip.clip._transform(32)
+    pixels = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
+    theirs = random_clip.encode_image(torch.stack(pixels))
+    ours, _ = encode(split, split.test)
+    # 1e-5: `random_clip` subtracts what its features have in common, and so enlarges rounding.
+    assert close(ours, theirs / theirs.norm(dim=-1, keepdim=True), 1e-5)
+    raw = image_features(random_clip, "x", split, split.test, raw=True)  # from the cache
+    assert torch.allclose(raw, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_an_image_is_encoded_once(eurosat, encode):
+    split = load_split("eurosat", eurosat)
+    first, said = encode(split, split.test[:20])
+    assert "20, 0 features from the cache, 20 to encode" in said
+    again, said = encode(split, split.test)
+    assert "30, 20 features from the cache, 10 to encode" in said
+    assert torch.equal(again[:20], first)
+    twice, said = encode(split, [split.test[3], split.test[3]])
+    assert "1 features from the cache, 0 to encode" in said
+    assert torch.equal(twice, first[[3, 3]])
+
+
+def test_views_are_encoded_once_each_and_differ(eurosat, encode):
+    split = load_split("eurosat", eurosat)
+    first, said = encode(split, split.train[:5], 3)
+    assert first.shape == (5, 3, 64) and "15 to encode" in said
+    more, said = encode(split, split.train[:5], 4)
+    assert "15 features from the cache, 5 to encode" in said
+    assert torch.equal(more[:, :3], first)
+    assert not close(first[:, 0], first[:, 1], 1e-3)
+
+
+def test_features_do_not_depend_on_what_was_cached_before(eurosat, encode, tmp_path, monkeypatch):
+    split = load_split("eurosat", eurosat)
+    together, _ = encode(split, split.test)
+    monkeypatch.setattr(features, "CACHE", tmp_path / "another")
+    encode(split, split.test[::3])  # other neighbours, at other positions of the batch
+    assert close(encode(split, split.test)[0], together)
+
+
+def test_a_changed_image_is_encoded_again(own_eurosat, encode):
+    split = load_split("eurosat", own_eurosat)
+    before, _ = encode(split, split.test)
+    path = split.folder / split.test[0].path
+    draw_image(path, seed="another drawing")
+    after, said = encode(split, split.test)
+    assert "1 to encode" in said
+    assert not close(after[0], before[0], 1e-3)
+    assert torch.equal(after[1:], before[1:])
+
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[-3] ^= 1  # its size and time stay
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "1 to encode" in encode(split, split.test)[1]
+
+
+def test_features_name_how_their_image_was_read_or_drawn(encode, tmp_path, monkeypatch):
+    """A photo that is to be turned: CoOp does not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    items, found = [Item("turned.png", 0)], []
+    for source in ("coop", "folder"):
+        split = Split("photos", tmp_path, source, ["a"], items, [], items)
+        rows, said = encode(split, items)
+        assert "1 to encode" in said
+        found.append(rows)
+    assert not close(*found, 1e-3)
+    split = load_split("shapes", "nowhere")
+    encode(split, split.test[:2])
+    monkeypatch.setattr(world, "SOURCE_HASH", "other drawings")
+    assert "2 to encode" in encode(split, split.test[:2])[1]
+
+
+def test_what_encodes_otherwise_shares_nothing(eurosat, encode, monkeypatch):
+    """Another CLIP; another Pillow or torchvision, which may resize otherwise; a GPU, in fp16."""
+    split, texts, hashed = load_split("eurosat", eurosat), [], features._hashed
+    monkeypatch.setattr(features, "_hashed", lambda text: texts.append(text) or hashed(text))
+    encode(split, split.test)
+    assert any("|cpu|" in text for text in texts)
+    assert "30 to encode" in encode(split, split.test, fingerprint="another")[1]
+    for place, name, value in (
+        (features.PIL, "__version__", "0.1"),
+        (features, "version", lambda library: "0.1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert "30 to encode" in encode(split, split.test)[1]
+    assert " 0 to encode" in encode(split, split.test)[1]
+
+
+@pytest.mark.parametrize("place", ["/elsewhere", ""])
+def test_the_cache_is_where_the_user_has_caches(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    found = runpy.run_path(features.__file__)["CACHE"]
+    assert str(found) == f"{place or '/home/somebody/.cache'}/mocoop"
+
+
+def cut(shard):
+    shard.write_bytes(shard.read_bytes()[:-300])
+
+
+def flip_a_bit(shard):
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def hold(change):
+    """Makes a shard hold other rows, under valid checksums."""
+
+    def damage(shard):
+        with np.load(shard) as file:
+            keys, rows = file["keys"], file["rows"]
+        np.savez(shard, keys=keys, rows=change(rows))
+
+    return damage
+
+
+NAN = hold(lambda rows: np.where(np.arange(65) == 3, np.nan, rows))
+DAMAGES = cut, flip_a_bit, NAN, hold(lambda rows: rows[:, :-1]), hold(lambda rows: rows[:-1])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, encode, damage):
+    split = load_split("eurosat", eurosat)
+    before, _ = encode(split, split.test)
+    (shard,) = features.CACHE.rglob("*.npz")
+    damage(shard)
+    after, said = encode(split, split.test)
+    assert "is damaged" in said and "30 to encode" in said
+    assert torch.equal(after, before)
+
+
+def test_what_was_encoded_before_a_crash_is_kept(eurosat, encode, monkeypatch):
+    monkeypatch.setattr(features, "SHARD", 8)
+    monkeypatch.setitem(features.BATCH, "cpu", 8)
+    split = load_split("eurosat", eurosat)
+    calls = []
+
+    def encode_and_crash(clip_model, batch, dtype):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip_model.visual(batch)
+
+    monkeypatch.setattr(features, "encode_images", encode_and_crash)
+    with pytest.raises(KeyboardInterrupt):
+        encode(split, split.test)
+    assert "16 features from the cache, 14 to encode" in encode(split, split.test)[1]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, encode, monkeypatch):
+    monkeypatch.setattr(features, "CACHE", Path(os.devnull) / "cache")
+    split = load_split("eurosat", eurosat)
+    found, said = encode(split, split.test)
+    assert len(found) == 30 and "features are not cached" in said
+
+
+@pytest.mark.parametrize("broken", ["half of it", "link to nowhere"])
+def test_an_unreadable_image_is_named(own_eurosat, encode, broken):
+    split = load_split("eurosat", own_eurosat)
+    path = own_eurosat / "eurosat" / split.test[0].path
+    content = path.read_bytes()
+    path.unlink()
+    if broken == "half of it":
+        path.write_bytes(content[:200])
+    else:
+        path.symlink_to("nowhere.jpg")
+    with pytest.raises(BadInput, match=f"cannot read the image {path}"):
+        encode(split, split.test)
+
+
+def test_two_runs_may_share_a_cache_at_the_same_time(eurosat, random_clip, encode):
+    split, starts = load_split("eurosat", eurosat), (0, 5, 10, 0)
+    umask = os.umask(0o022)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(image_features, random_clip, "x", split, split.test[i : i + 20])
+            for i in starts
+        ]
+        found = [job.result() for job in jobs]
+    os.umask(umask)
+    together, said = encode(split, split.test)
+    assert "30 features from the cache, 0 to encode" in said
+    for start, part in zip(starts, found):
+        assert close(part, together[start : start + 20])
+    modes = {file.stat().st_mode & 0o777 for file in features.CACHE.rglob("*.*")}
+    assert modes == {0o644}  # others may read them, too
+    assert not list(features.CACHE.rglob("*.tmp"))
+
+
+def test_a_copy_of_a_dataset_and_its_cache_finds_everything(eurosat, encode, tmp_path, monkeypatch):
+    split = load_split("eurosat", eurosat)
+    before, _ = encode(split, split.test)
+    shutil.copytree(eurosat, tmp_path / "elsewhere")  # new paths, new times
+    for file in (tmp_path / "elsewhere").rglob("*.jpg"):
+        os.utime(file, (1, 1))
+    shutil.copytree(features.CACHE, tmp_path / "copied cache")
+    monkeypatch.setattr(features, "CACHE", tmp_path / "copied cache")
+    copied = load_split("eurosat", tmp_path / "elsewhere")
+    after, said = encode(copied, copied.test)
+    assert "30 features from the cache, 0 to encode" in said
+    assert torch.equal(after, before)
+
+
+def test_features_that_are_not_finite_stop_the_run_and_are_never_cached(
+    eurosat, encode, monkeypatch
+):
+    split = load_split("eurosat", eurosat)
+
+    def damaged(clip_model, batch, dtype):
+        found = clip_model.visual(batch)
+        found[5, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(features, "encode_images", damaged)
+    with pytest.raises(BadInput, match=f"{split.test[5].path} are not finite numbers"):
+        encode(split, split.test)
+    assert not list(features.CACHE.rglob("*.npz"))
+
+
+# ---------------------------------------------------------------------------- while training
+
+
+def test_cached_and_live_images_are_the_same_to_a_training_loop():
+    """Drawn images, which nobody crops: their one view is the test transform."""
+    clip_model, fingerprint = load_clip("bundled", "cpu")
+    split = load_split("shapes", "nowhere")
+    split = replace(split, train=split.train[:6])
+    batches, views = [torch.tensor([4, 1]), torch.tensor([0, 5])], torch.zeros(6, dtype=torch.long)
+    expected = image_features(clip_model, fingerprint, split, split.train)
+    for live in (False, True):
+        images = features.training_features(clip_model, fingerprint, split, 8, live)
+        assert images.n_views == 1
+        found = list(images.batches(batches, views, epoch=3))
+        assert [len(batch) for batch in found] == [2, 2]
+        assert close(torch.cat(found), expected[[4, 1, 0, 5]])
+
+
+def test_cached_images_answer_with_the_view_that_was_drawn():
+    images = features.CachedImages(torch.arange(12.0).view(3, 4, 1))
+    (found,) = images.batches([torch.tensor([2, 0])], torch.tensor([1, 0, 3]), epoch=0)
+    assert images.n_views == 4 and found.tolist() == [[2 * 4 + 3], [1]]

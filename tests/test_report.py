@@ -1,0 +1,388 @@
+"""Numbers, tables and pictures: the runs' own numbers, under the right names."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval
+from data import load_split, select_classes
+from lib import report, world
+from lib.runs import BadInput, find_runs
+
+PROMPTS = ["a photo of a {}.", "a sketch of a {}.", "{} texture."]
+STYLES = ["photo", "sketch"]
+
+
+def run(method="mocoop", shots=16, seed=1, accuracy=80.0, classes="all", others=(), **changed):
+    """A run as `find_runs` gives it. Its router's table begins with seed / 10.
+
+    others: (dataset, classes, accuracy) of its evaluations. changed: its other flags, or the CLIP.
+    """
+    first, clip = seed / 10, changed.pop("clip", "ViT-B/16")
+    result = {
+        "dataset": "eurosat", "classes": classes, "shots": shots, "seed": seed, "method": method,
+        "clip": clip, "accuracy": accuracy, "zero_shot_accuracy": 50.0 + seed,
+        "ensemble_accuracy": 60.0, "changed_flags": changed, "n_prompts": 3, "n_train": 40,
+        "label": "-".join([method, *(f"{k}{v}" for k, v in changed.items())]),
+        "prompt_usage": dict.fromkeys(PROMPTS, 1 / 3),
+        "router": {"rows": STYLES, "share": [[first, 0.9 - first, 0.1], [0.2, 0.7, 0.1]]},
+        "prompt_usage_by_epoch": [[first, 0.9 - first, 0.1], [0.25, 0.25, 0.5]],
+        "config": {
+            "dataset": "eurosat", "classes": classes, "seed": seed, "shots": shots, "clip": clip,
+            "groups": "auto" if changed.get("groups") == "auto" else "dataset",
+        },
+    }  # fmt: skip
+    keys = "dataset", "classes", "accuracy"
+    return result, [result | dict(zip(keys, other)) for other in others]
+
+
+# ------------------------------------------------------------------------------------- numbers
+
+
+def test_of_two_classes_with_one_name_both_keep_their_accuracy():
+    """ImageNet has a few."""
+    answers, labels = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 1, 2, 0])
+    found = report.per_class_accuracy(answers, labels, ["crane", "sea", "crane", "fox"])
+    assert found == {"crane": 66.67, "sea": 50.0, "crane (2)": 100.0, "fox": None}
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def rows(runs):
+    """The rows of the Markdown table as dictionaries."""
+    header, _, *lines = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in report.runs_table(runs).splitlines()
+    ]
+    return [dict(zip(header, line)) for line in lines]
+
+
+def row_of(runs, method="mocoop"):
+    (row,) = [row for row in rows(runs) if row["method"] == method]
+    return row
+
+
+def test_the_table_averages_over_seeds_with_the_population_deviation():
+    runs = [run(seed=s, accuracy=a) for s, a in ((1, 80.0), (2, 84.0), (6, 88.0))]
+    runs += [run(accuracy=70.0, top_k=1), run("balanced", accuracy=60.0)]
+    assert row_of(runs)["accuracy"] == "84.0 ± 3.3"  # sqrt(32 / 3) = 3.27
+    assert row_of(runs)["seeds"] == "3"
+    assert row_of(runs, "mocoop-top_k1")["accuracy"] == "70.0"
+    assert row_of(runs, "balanced")["accuracy"] == "60.0"  # a method that is not here
+    assert row_of(runs, "zero-shot")["accuracy"] == "53.0 ± 2.2"  # sqrt(14 / 3) = 2.16
+    assert row_of(runs, "ensemble")["accuracy"] == "60.0"
+
+
+def test_h_is_of_the_mean_base_and_the_mean_new_accuracy_of_seeds_with_both():
+    runs = [
+        run(seed=s, accuracy=base, classes="base", others=[("eurosat", "new", new)])
+        for s, base, new in ((1, 90.0, 50.0), (2, 80.0, 70.0))
+    ]
+    row = row_of(runs)
+    assert (row["accuracy"], row["new"]) == ("85.0 ± 5.0", "60.0 ± 10.0")
+    assert row["H"] == "70.3"  # 2 * 85 * 60 / 145
+    assert row_of([*runs, run(seed=3, accuracy=10.0, classes="base")])["H"] == "70.3"
+
+
+def test_h_has_the_deviation_of_the_seeds_own():
+    columns = {"accuracy": {1: 90.0, 2: 60.0}, "new": {2: 60.0, 1: 45.0}}
+    assert report.mean_h(columns) == pytest.approx((2 * 75 * 52.5 / 127.5, 0.0))
+
+
+def test_clip_as_it_is_has_its_own_numbers_in_every_column():
+    runs = []
+    for seed in (1, 2):
+        result, [other] = run(seed=seed, classes="base", others=[("eurosat", "new", 70.0)])
+        other |= {"zero_shot_accuracy": 41.0 + seed, "ensemble_accuracy": 45.0}
+        runs.append((result, [other]))
+    row = row_of(runs, "zero-shot")
+    assert (row["accuracy"], row["new"]) == ("51.5 ± 0.5", "42.5 ± 0.5")
+    assert row_of(runs, "ensemble")["new"] == "45.0"
+
+
+def test_an_ensemble_of_other_templates_has_a_row_of_its_own():
+    result, _ = run(groups="mine.txt")
+    runs = [run(), run(groups="auto")]  # the same templates, in other groups
+    runs += [(result | {"ensemble_accuracy": 33.0}, [])]
+    found = [row["accuracy"] for row in rows(runs) if row["method"] == "ensemble"]
+    assert sorted(found) == ["33.0", "60.0"]
+
+
+@pytest.mark.parametrize("method, accuracy", [("zeroshot", 51.0), ("ensemble", 60.0)])
+def test_clip_as_it_is_has_one_row(method, accuracy):
+    found = rows([run(method, accuracy=accuracy)])
+    assert [(row["method"], row["accuracy"]) for row in found] == [
+        ("ensemble", "60.0"),
+        ("zero-shot", "51.0"),
+    ]
+
+
+def test_every_other_task_has_a_column():
+    others = [("dtd", "base", 1.0), ("dtd", "new", 2.0), ("eurosat", "new", 3.0)]
+    runs = [run(classes="base", others=[*others, ("eurosat", "base", 9.0)])]
+    runs += [run(others=[("eurosat", "new", 70.0), ("dtd", "all", 40.0)])]
+    found = {row["classes"]: row for row in rows(runs) if row["method"] == "mocoop"}
+    base, every = found["base"], found["all"]
+    assert (base["dtd"], base["dtd new"], base["new"]) == ("1.0", "2.0", "3.0")
+    assert (every["dtd"], every["new"], every["H"]) == ("40.0", "70.0", "")  # H is of base runs
+    assert base["accuracy"] == "80.0"  # not that of the evaluation on its own task
+
+
+def test_runs_with_other_clips_are_in_other_rows():
+    found = rows([run(), run(clip="RN50", accuracy=60.0)])
+    found = {row["CLIP"]: row for row in found if row["method"] == "mocoop"}
+    assert {clip: row["accuracy"] for clip, row in found.items()} == {
+        "ViT-B/16": "80.0", "RN50": "60.0"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": {"seed": 1}}', "[" * 100_000])
+def test_a_damaged_result_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BadInput, match="result.json is not the result of a run, or damaged"):
+        find_runs(tmp_path)
+
+
+def test_a_result_that_does_not_know_its_own_label_is_to_be_made_again(tmp_path):
+    result, _ = run()
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert find_runs(tmp_path) == [(result, [])]
+    del result["label"], result["changed_flags"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(BadInput, match="result.json is from an older version: remove"):
+        find_runs(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{file name: figure} of what is drawn; the files stay empty."""
+    found = {}
+
+    def keep(figure, path, **options):
+        found[path.name] = figure
+        path.touch()
+
+    monkeypatch.setattr(report, "save_figure", keep)
+    return found
+
+
+def heat_map(figure):
+    """(rows' names, columns' names, the numbers written in the cells), as they are seen."""
+    (axes,) = figure.axes
+    ticks = axes.get_yticklabels(), axes.get_xticklabels()
+    names = [[tick.get_text() for tick in side] for side in ticks]
+    cells = np.full((len(names[0]), len(names[1])), -1)
+    for text in axes.texts:
+        x, y = text.get_position()
+        cells[y, x] = int(text.get_text())
+        if cells[y, x] != 60:
+            assert text.get_color() == ("white" if cells[y, x] > 60 else "black")  # on grey
+    assert axes.images[0].get_clim() == (0, 1) and axes.images[0].get_cmap().name == "Greys"
+    assert np.allclose(axes.images[0].get_array() * 100, cells, atol=0.51)
+    return *names, cells.tolist()
+
+
+def title(figure):
+    return figure.axes[0].get_title(loc="left")
+
+
+def lines(figure):
+    """{label: (x, y)}"""
+    drawn = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+    return {label: (list(x), list(y)) for label, (x, y) in drawn.items()}
+
+
+def bars(axes, names):
+    return dict(zip(names, (bar.get_width() for bar in axes.patches)))
+
+
+def test_nobody_waits_for_matplotlib_and_none_of_its_backends_is_needed(tmp_path):
+    """Neither by importing train.py and eval.py, nor by drawing."""
+    program = (
+        "import sys, json, train, eval; from pathlib import Path; from lib import report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "report.router_picture(json.loads(sys.argv[1]), Path(sys.argv[2]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    result, _ = run()
+    command = [sys.executable, "-c", program, json.dumps(result), tmp_path / "router.png"]
+    environment = os.environ | {"MPLBACKEND": "module://nowhere"}
+    root = eval.Path(eval.__file__).parent
+    subprocess.run(command, check=True, env=environment, cwd=root)
+    assert np.asarray(Image.open(tmp_path / "router.png")).std() > 1
+
+
+def test_a_runs_picture_has_its_table(figures, tmp_path):
+    result, _ = run(seed=3)
+    report.router_picture(result, tmp_path / "router.png")
+    found = heat_map(figures["router.png"])
+    assert found == (STYLES, PROMPTS, [[30, 60, 10], [20, 70, 10]])
+
+
+def test_of_many_classes_the_most_unusual_are_shown_under_their_names(figures, tmp_path):
+    result, _ = run()
+    share = np.full((100, 3), [0.5, 0.3, 0.2])
+    unusual = list(range(7, 87, 2))  # 40 of them
+    share[unusual] = [[0.1, 0.1 + i / 200, 0.8 - i / 200] for i in unusual]
+    result["router"] = {"rows": [f"class {i}" for i in range(100)], "share": share.tolist()}
+    report.router_picture(result, tmp_path / "router.png")
+    rows, _, cells = heat_map(figures["router.png"])
+    assert rows == [f"class {i}" for i in unusual]
+    assert np.allclose(cells, 100 * share[unusual], atol=0.51)
+    assert "(the 40 most unusual)" in title(figures["router.png"])
+
+
+def test_curves_are_means_over_seeds_of_the_methods_own_settings(figures, tmp_path):
+    runs = [run(shots=n, seed=s, accuracy=70.0 + n + s) for n in (16, 4, 8) for s in (1, 2, 3)]
+    runs += [run("coop", shots=n, accuracy=60.0 + n) for n in (4, 16)]
+    runs += [run(accuracy=1.0, top_k=1), run(accuracy=2.0, clip="RN50")]
+    runs += [run(accuracy=3.0, classes="base")]
+    report.draw_pictures(runs, tmp_path)
+    drawn = lines(figures["few_shot.png"])
+    assert drawn.keys() == {"mocoop", "coop", "zero-shot", "ensemble"}
+    assert drawn["mocoop"] == ([4, 8, 16], [76.0, 80.0, 88.0])
+    assert drawn["coop"] == ([4, 16], [64.0, 76.0])
+    assert drawn["zero-shot"][1] == [52.0, 52.0] and drawn["ensemble"][1] == [60.0, 60.0]
+    bands = figures["few_shot.png"].axes[0].collections
+    band = bands[1].get_paths()[0].vertices[:, 1]  # of mocoop, after coop's
+    assert "3 seeds at most" in title(figures["few_shot.png"])
+    std = (2 / 3) ** 0.5
+    assert band.min() == pytest.approx(76 - std) and band.max() == pytest.approx(88 + std)
+
+
+def test_methods_below_zero_shot_are_seen(figures, tmp_path):
+    runs = [run(shots=n, accuracy=45.0) for n in (8, 16)]
+    runs += [run("linear", shots=n, accuracy=5.0 + n) for n in (8, 16)]
+    report.draw_pictures(runs, tmp_path)
+    assert 20 < figures["few_shot.png"].axes[0].get_ylim()[0] < 45  # CLIP as it is: 51
+
+
+def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_path):
+    runs = [run(seed=s) for s in (1, 2, 6)] + [run(seed=9, shots=4), run(seed=9, top_k=1)]
+    runs += [run(seed=8, classes="base")]
+    report.draw_pictures(runs, tmp_path)
+    found = heat_map(figures["router.png"])
+    assert found == (STYLES, PROMPTS, [[30, 60, 10], [20, 70, 10]])
+    assert "16 shots, mean of 3 seeds" in title(figures["router.png"])
+    drawn = lines(figures["usage.png"])
+    assert list(drawn) == PROMPTS
+    for template, expected in zip(PROMPTS, [[30, 25], [60, 25], [10, 50]]):
+        epochs, share = drawn[template]
+        assert epochs == [1, 2] and share == pytest.approx(expected)
+    report.draw_pictures([run(seed=3)], tmp_path)
+    for name in ("router.png", "usage.png"):
+        assert "seed 3" in title(figures[name])
+
+
+def test_a_name_may_hold_dollars(figures, tmp_path):
+    result, _ = run()
+    result["router"]["rows"] = ["$a", "from $5 to $$ \\frac$"]
+    report.router_picture(result, tmp_path / "router.png")
+    labels = figures["router.png"].axes[0].get_yticklabels()
+    assert not any(text.get_parse_math() for text in labels)
+
+
+def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
+    runs = []
+    for seed in (1, 2):
+        runs += [
+            run(seed=seed, accuracy=80.0 + 2 * seed),
+            run(seed=seed, classes="base", accuracy=90.0, others=[("eurosat", "new", 60.0)]),
+            run(seed=seed, accuracy=70.0, top_k=1),
+            run(seed=seed, accuracy=75.0, one_group=True),
+            run(seed=seed, accuracy=76.0, lr=0.1),
+            run(seed=seed, shots=4, accuracy=1.0),
+            run("coop", seed=seed, accuracy=50.0, init="random"),
+            run(seed=seed, accuracy=77.0, groups="auto"),
+        ]
+    report.draw_pictures(runs, tmp_path)
+    h, everything = figures["ablation.png"].axes
+    assert everything.get_xlabel() == "accuracy, all classes (%)"
+    assert h.get_xlabel() == "H, base to new (%)"
+    names = [t.get_text() for t in h.get_yticklabels()]  # which both share
+    assert bars(everything, names) == {
+        "MoCoOp": 83.0, "top k 1": 70.0, "one group": 75.0, "groups auto": 77.0
+    }  # fmt: skip
+    (errors,) = everything.collections  # mean ± std
+    ends = {names[round(y)]: (low, high) for (low, y), (high, _) in errors.get_segments()}
+    assert ends["MoCoOp"] == (82.0, 84.0) and ends["top k 1"] == (70.0, 70.0)
+    widths = bars(h, names)
+    assert widths["MoCoOp"] == 72.0 and np.isnan(widths["top k 1"])
+    assert list(everything.lines[-1].get_xdata()) == [83.0, 83.0]  # dotted
+
+
+def test_a_new_mixture_shows_in_every_picture(figures, tmp_path):
+    runs = [
+        run(method, shots=shots, accuracy=accuracy)
+        for method, accuracy in (("mocoop", 80.0), ("balanced", 90.0))
+        for shots in (8, 16)
+    ]
+    report.draw_pictures(runs, tmp_path)
+    mixtures = {f"{name}{of}.png" for name in ("router", "usage") for of in ("", "_balanced")}
+    assert figures.keys() == {"few_shot.png", "ablation.png"} | mixtures
+    assert lines(figures["few_shot.png"])["balanced"] == ([8, 16], [90.0, 90.0])
+    axes = figures["ablation.png"].axes[0]
+    names = [t.get_text() for t in axes.get_yticklabels()]
+    assert bars(axes, names) == {"MoCoOp": 80, "balanced": 90}
+
+
+def test_datasets_are_drawn_apart(figures, tmp_path):
+    runs = [run(shots=shots) for shots in (8, 16)]
+    other = [(result | {"dataset": "dtd", "accuracy": 40.0}, []) for result, _ in runs]
+    drawn = report.draw_pictures(runs + other, tmp_path)
+    assert {"dtd_few_shot.png", "eurosat_few_shot.png", "dtd_router.png"} <= set(drawn)
+    assert lines(figures["dtd_few_shot.png"])["mocoop"][1] == [40.0, 40.0]
+    assert lines(figures["eurosat_few_shot.png"])["mocoop"][1] == [80.0, 80.0]
+
+
+def test_pictures_are_files_and_nothing_is_drawn_of_nothing(tmp_path):
+    with pytest.raises(BadInput, match="there is no folder"):
+        find_runs(tmp_path / "out")
+    assert report.draw_pictures([run(epochs=1)], tmp_path) == []  # not the method's own settings
+    drawn = report.draw_pictures([run(shots=8), run()], tmp_path)
+    assert drawn == ["few_shot.png", "router.png", "usage.png"]
+    for name in drawn:
+        assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
+def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_path):
+    """Of a hard test set, where some answers are wrong."""
+    run_train("--shots 1 --epochs 1")
+    sheets = []
+    for _ in range(2):
+        result = eval.evaluate(tmp_path / "run", dataset="shapes_a", classes="new")
+        sheets.append(figures["samples_shapes_a_new.png"])
+    rows, columns, cells = heat_map(figures["eval_shapes_a_new.png"])
+    assert (rows, columns) == (list(world.STYLES), list(result["prompt_usage"]))
+    assert np.allclose(cells, 100 * np.array(result["router"]["share"]), atol=0.51)
+
+    run = eval.load_run(tmp_path / "run")
+    split = select_classes(load_split("shapes_a", "nowhere"), "new")
+    items = {split.open(item.path).tobytes(): item for item in split.test}
+    sheet, again = ([axes for axes in figure.axes if axes.images] for figure in sheets)
+    for one, other in zip(sheet, again, strict=True):
+        assert np.array_equal(one.images[0].get_array(), other.images[0].get_array())
+    images = [Image.fromarray(np.asarray(axes.images[0].get_array())) for axes in sheet]
+    assert len({image.tobytes() for image in images}) == 16
+    assert len({items[image.tobytes()].label for image in images}) > 4  # from everywhere
+    names, probabilities, weights = run.classify(images, split.class_names)
+    wrong = 0
+    for axes, image, p, w in zip(sheet, images, probabilities, weights):
+        truth, answer = names[items[image.tobytes()].label], names[p.argmax()]
+        said = [truth] if answer == truth else [f"{truth},", f"taken for {answer}"]
+        for g in w.argsort(descending=True)[:2].tolist():
+            said.append(f"{100 * w[g]:.0f}% {run.model.templates[g]}")
+        assert axes.get_title(loc="left").split("\n") == said
+        assert axes._left_title.get_color() == ("black" if answer == truth else "firebrick")
+        wrong += answer != truth
+    assert 0 < wrong < 16
