@@ -521,8 +521,8 @@ def run(config, resume=False):
 
 def run_in(folder, config, resume, device):
     """The run itself: data, CLIP, baselines, training, results."""
-    groups, has_prompts = named_groups(config), config["method"] not in BASELINES
     defaults = preset(config["method"], config["dataset"], config["shots"], config["batch_size"])
+    has_prompts, groups = config["method"] not in BASELINES, named_groups(config)
     state = runs.open_run(folder, config, resume, defaults, MACHINE)
     full_split, split = few_shot_split(config)
     if config["method"] in PROBES and not split.val:
@@ -531,18 +531,20 @@ def run_in(folder, config, resume, device):
     text_encoder = text_encoder_of(config)
     read = partial(template_features, clip_model, text_encoder=text_encoder)
 
-    # The text loss runs over the names of all classes, also of those that have no images here.
-    prompt_names, seen = split.class_names, slice(None)
+    # Training may see the names of all classes, also of those that have no images here: the text
+    # loss runs over all. Without it, names without images would change nothing.
+    training_names, seen = split.class_names, slice(None)
     if config["text_weight"] and config["text_names"] == "all":
-        prompt_names = full_split.class_names
-        seen = class_slice(len(prompt_names), config["classes"])
+        training_names = full_split.class_names
+        seen = class_slice(len(training_names), config["classes"])
     if config["groups"] == "auto":
-        templates, clustered_names = all_templates(groups), prompt_names
-        features = read(templates, clustered_names)
+        templates = all_templates(groups)
+        features = read(templates, training_names)
         groups = group_templates(templates, features, config["n_groups"])
     if has_prompts and config["top_k"] > max(len(groups), defaults["top_k"]):
         # Only a number that was given is refused; the default is lowered if it must be.
         raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
+    prompt_names = training_names  # that the prompts are read with, saved with the model
     hard = hard_text(read(all_templates(groups), prompt_names), groups)
     torch.manual_seed(config["seed"])
     model = make_model(clip_model, groups, prompt_names, config) if has_prompts else None

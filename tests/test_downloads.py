@@ -473,13 +473,15 @@ def test_an_archive_without_its_split_is_said_and_nothing_is_fetched_twice(
     assert len(load_split("eurosat", tmp_path / "data").test) == 10
 
 
+@pytest.mark.parametrize("where", ["eurosat", "eurosat.fetching/aside"])
 def test_the_users_split_stays_when_the_images_come(
-    hub, monkeypatch, eurosat_archive, eurosat_files, tmp_path
+    where, eurosat_archive, eurosat_files, tmp_path
 ):
+    """Also if a process was killed when the old folder had gone and the new one had not come."""
     mine = json.loads(eurosat_files[f"eurosat/{SPLIT}"])
     mine["test"] = mine["test"][::-1]
-    (tmp_path / "data/eurosat").mkdir(parents=True)
-    (tmp_path / "data/eurosat" / SPLIT).write_text(json.dumps(mine))
+    (tmp_path / "data" / where).mkdir(parents=True)
+    (tmp_path / "data" / where / SPLIT).write_text(json.dumps(mine))
     split = load_split("eurosat", tmp_path / "data")
     assert [item.path for item in split.test] == [f"2750/{path}" for path, _, _ in mine["test"]]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["eurosat"]
