@@ -166,9 +166,8 @@ def test_a_bias_is_added_before_normalising_and_a_shift_to_every_vector(random_c
         shifted = copy.deepcopy(prompts)
         for p in shifted.parameters():
             p.data += shift
-        theirs.append(
-            F.normalize(prompts_as_clip_reads(random_clip, shifted, NAMES) + bias, dim=-1)
-        )
+        features = prompts_as_clip_reads(random_clip, shifted, NAMES)
+        theirs.append(F.normalize(features + bias, dim=-1))
     assert largest_difference(ours, torch.stack(theirs)) < 1e-5
 
 
