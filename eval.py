@@ -17,16 +17,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data import dataset_name, full_dataset, load_split, select_classes
 from lib import report
 from lib.baselines import ClassVectors
 from lib.catalogue import all_templates, template_groups
-from lib.clip_model import load_clip
-from lib.features import attach, image_features, photo_features
+from lib.clip_model import MEAN, STD, load_clip
+from lib.features import album_pixels, attach, image_features, photo_features
 from lib.parallel import choose_device
-from lib.photos import check_output, find_photos, open_photos, read_names, write_csv
+from lib.photos import check_output, find_photos, read_names, write_csv
 from lib.runs import (
     BadInput,
     Parser,
@@ -34,6 +35,7 @@ from lib.runs import (
     find_runs,
     read_result,
     read_torch_file,
+    replacing,
     save_json,
 )
 from prompts import PromptError, known_tokens, template_features, words_of
@@ -62,18 +64,30 @@ class Run(NamedTuple):
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list, or what `photo_features` gives for it. class_names: your own; None for those
-        of the training. Probabilities are the softmax of the method's logits; a weight belongs to
-        the prompt of `model.templates` at its place.
+        images: a list or a generator, or what `photo_features` gives for it. class_names: your own;
+        None for those of the training. Probabilities are the softmax of the method's logits; a
+        weight belongs to the prompt of `model.templates` at its place.
         Raises BadInput if the method cannot answer with these classes.
         """
         names = self.class_names if class_names is None else list(class_names)
+        features = images if torch.is_tensor(images) else self.photo_features(images)
+        return names, *self.classifier(names)(features)
+
+    @torch.no_grad()
+    def classifier(self, names):
+        """What `classify` says, as a function of features (N, D); the names are read only once."""
         model, method = self.model, self.config["method"]
         if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
             model = self.untrained(self.config["dataset"], self.groups, names)[method]
-        features = images if torch.is_tensor(images) else self.photo_features(images)
-        logits, weights = model.logits(features, names)
-        return names, logits.softmax(dim=-1).cpu(), weights.cpu()
+        known = {}
+        if not getattr(model, "per_image", True):
+            known["text_features"] = model.text_features(names)
+
+        def answer(features):
+            logits, weights = model.logits(features, names, **known)
+            return logits.softmax(dim=-1).cpu(), weights.cpu()
+
+        return answer
 
     def untrained(self, dataset, groups, class_names):
         """`zero_shot_and_ensemble` with a dataset's own template, these groups and names."""
@@ -229,6 +243,41 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
     return found
 
 
+def export(folder, file, clip=None, device=None):
+    """Writes all that a classification needs to an .npz file, for use without PyTorch: the README
+    has ten lines of NumPy that classify an image feature with it.
+
+    Raises BadInput for a run that has no prompts, or whose answer would be another one: if it
+    shifts the prompts for each image or has changed the image encoder.
+    """
+    run = load_run(folder, clip, device)
+    config, model = run.config, run.model
+    if config["method"] in BASELINES or config["conditional"] or learns_images(config):
+        raise BadInput(
+            f"{folder} cannot be exported: only prompts that all images share, for CLIP's own image"
+            " encoder, can be used without this code"
+        )
+    text_features = model.text_features(run.class_names)
+    shape = len(model.templates), text_features.shape[-1]
+    gate_weight, gate_bias = torch.zeros(shape), torch.zeros(shape[0])  # equal weights
+    if hasattr(model.router, "gate"):
+        gate_weight, gate_bias = model.router.gate.weight, model.router.gate.bias
+    arrays = {"text_features": text_features, "gate_weight": gate_weight, "gate_bias": gate_bias}
+    with replacing(file) as scratch, open(scratch, "wb") as out:
+        np.savez(
+            out,
+            **{name: array.detach().cpu().numpy() for name, array in arrays.items()},
+            top_k=model.top_k,
+            scale=model.logit_scale,
+            class_names=run.class_names,
+            templates=model.templates,
+            clip=config["clip"],
+            pixel_mean=MEAN,
+            pixel_std=STD,
+        )
+    print(f"saved: {file}")
+
+
 # ------------------------------------------------------------------------------- your own photos
 
 
@@ -244,20 +293,19 @@ def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=
         check_output(csv_file, folder, files if names is None else [*files, names])
     names = None if names is None else read_names(names)
     run = load_run(folder, clip, device)
-    photos, features, rows = [], [], []
-    for photo, image in open_photos(files):
-        photos.append(photo)
-        features.append(run.photo_features([image]))
-    if not photos:
-        raise BadInput(f"none of {len(files)} images could be read")
-    class_names, probabilities, weights = run.classify(torch.cat(features), names)
-    for photo, p, w in zip(photos, probabilities, weights):
-        best = p.topk(min(3, len(class_names)))
+    class_names, rows = names or run.class_names, []
+    classify = run.classifier(class_names)
+    for photo, pixels in album_pixels(run.clip_model, files):
+        probabilities, weights = classify(run.photo_features([pixels]))
+        best = probabilities[0].topk(min(3, len(class_names)))
         answers = [(class_names[i], x) for i, x in zip(best.indices, best.values.tolist())]
-        prompts = used_prompts(w, run.model.templates)
+        prompts = used_prompts(weights[0], run.model.templates)
         said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
-        print(f"{photo}: {said}" + (f"  [{' | '.join(prompts)}]" if prompts else ""))
-        rows.append((photo, answers, w.tolist()))
+        which = f"  [{' | '.join(prompts)}]" if prompts else ""
+        print(f"{photo}: {said}{which}", flush=True)
+        rows.append((photo, answers, weights[0].tolist()))
+    if not rows:
+        raise BadInput(f"none of {len(files)} images could be read")
     if csv_file:
         write_csv(csv_file, rows, run.model.templates)
     return len(files) - len(rows)

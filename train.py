@@ -307,12 +307,14 @@ class MoCoOp(nn.Module):
         return self.prompts.text_features(class_names, self.text_bias)
 
     @torch.no_grad()
-    def logits(self, image_features, class_names=None):
+    def logits(self, image_features, class_names=None, text_features=None):
         """Class logits (N, C) and prompt weights (N, G) of images (N, D), for the classes that the
-        prompts know or any others."""
+        prompts know or any others. text_features: theirs, if they have been read already."""
         n_classes = len(class_names or self.prompts.class_names)
         n_at_once = max(1, 2**20 // (len(self.templates) * n_classes))  # bounds (B, G, C)
-        shared = None if self.per_image else self.text_features(class_names)
+        shared = text_features
+        if shared is None and not self.per_image:
+            shared = self.text_features(class_names)
         parts = []
         for f in image_features.split(min(self.images_at_once, n_at_once)):
             text_features = self.text_features(class_names, f) if self.per_image else shared

@@ -4,6 +4,7 @@
 fp32 weights to fp16 on the way; here they stay what they were.
 """
 
+import contextlib
 import hashlib
 import warnings
 from pathlib import Path
@@ -18,14 +19,21 @@ TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-i
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
+VOCABULARY = 49408
+FOREIGN = {  # parts of names that are not OpenAI's
+    "text_model.": "the names of Hugging Face's transformers: rename them to OpenAI's",
+    "patch_embed.": "timm's names: rename them to OpenAI's, if it is OpenAI's model",
+    "token_suffix": "CoOp's prompts without the CLIP they belong to: name that",
+}
 
 
 def load_clip(name, device):
     """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
-    A file may be a TorchScript archive as OpenAI ships it, a plain state dict, or a state dict
-    with the embeddings of some tokens only (`token_ids` names their rows; the other rows become
-    NaN, so that an unknown word can be noticed and can never pass for a known one).
+    A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
+    checkpoint (see `_unwrap`), or a state dict with the embeddings of some tokens only (`token_ids`
+    names their rows; the other rows become NaN, so that an unknown word can be noticed and can
+    never pass for a known one).
 
     Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
     stands for this CLIP in feature caches and checkpoints.
@@ -43,13 +51,15 @@ def load_clip(name, device):
         raise BadInput(
             f"no CLIP file {path}, and no CLIP of that name{hint}; names are {', '.join(names)}"
         )
-    state = _read_weights(path)
+    state = _unwrap(_read_weights(path), path)
     try:
         if "token_ids" in state:
             ids, rows = state.pop("token_ids"), state["token_embedding.weight"].float()
-            table = torch.full((49408, rows.shape[1]), torch.nan)  # 49,408: CLIP's vocabulary
+            table = torch.full((VOCABULARY, rows.shape[1]), torch.nan)
             table[ids] = rows
             state["token_embedding.weight"] = table
+        if len(state["token_embedding.weight"]) != VOCABULARY:
+            raise ValueError("it has a vocabulary of its own")
         clip_model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
         weights = {k: v.float() for k, v in state.items() if k in clip_model.state_dict()}
         clip_model.load_state_dict(weights)  # ... put the exact values back
@@ -71,13 +81,57 @@ def _read_weights(path):
     except BadZipFile:
         script = False
     if not script:
-        return read_torch_file(path, "CLIP checkpoint")
+        try:
+            return read_torch_file(path, "CLIP checkpoint")
+        except BadInput as error:
+            known = _known_kind(path)
+            raise BadInput(
+                f"{path} is not a CLIP checkpoint but {known}" if known else error
+            ) from error
     with warnings.catch_warnings():  # TorchScript is deprecated, but it is what OpenAI ships
         warnings.simplefilter("ignore", FutureWarning)
         try:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         except RuntimeError as error:
             raise BadInput(f"{path} is a damaged TorchScript archive") from error
+
+
+def _known_kind(path):
+    """What a file is that holds no weights as they are read here, and what to do; None if that is
+    not known."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if head[8:9] == b"{":
+        return "safetensors: torch.save(safetensors.torch.load_file(FILE), NEW) makes one"
+    if head.startswith(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20"):
+        return "of PyTorch before 1.6: torch.save(torch.load(FILE), NEW) makes one"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS: `git lfs pull` fetches the file"
+    with contextlib.suppress(BadZipFile), ZipFile(path) as archive:
+        if archive.testzip() is None and any(n.endswith("/data.pkl") for n in archive.namelist()):
+            return "Python objects: torch.save(model.state_dict(), NEW) saves the weights alone"
+    return None
+
+
+def _unwrap(content, path):
+    """The state dict of a CLIP wherever it lies in a checkpoint: in dictionaries in it, or with
+    a prefix to its names (`module.`). Raises BadInput if there is none, or more than one."""
+    parts, found = [content], {}
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for name in part:
+            prefix = str(name).removesuffix("visual.conv1.weight")
+            if prefix != name and f"{prefix}token_embedding.weight" in part:
+                whole = {k[len(prefix) :]: v for k, v in part.items() if str(k).startswith(prefix)}
+                found[id(part), prefix] = whole
+    if len(found) == 1:
+        return found.popitem()[1]
+    reason = "it holds several CLIPs" if found else "it lacks an image or a text encoder"
+    for mark, whose in FOREIGN.items():
+        if any(mark in str(name) for part in parts for name in part):
+            reason = f"it has {whose}"
+            break
+    raise BadInput(f"{path} is not a CLIP checkpoint: {reason}")
 
 
 def _fetch(name):

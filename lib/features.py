@@ -16,8 +16,10 @@ beginning. So a copy of a dataset and its cache on another disk finds everything
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -27,18 +29,20 @@ import PIL
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from lib import parallel, world
 from lib.clip_model import MEAN, STD
 from lib.fast_clip import encode_images
-from lib.photos import upright_rgb
+from lib.photos import open_photo, say_what_was_not_turned, upright_rgb
 from lib.runs import BadInput, replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; what is encoded is safe on disk at least this often
+PHOTOS_AT_ONCE = 4  # read ahead; twice as many may be decoded, 0.2 GB each if of 48 megapixels
 DIGESTED = 2**16  # bytes at the beginning of an image file
 
 # ------------------------------------------------------------------------------- preprocessing
@@ -54,7 +58,15 @@ def preprocess(image, size, rng=None):
     import torchvision.transforms.functional as TF  # here: --help need not wait a second for it
 
     bicubic = TF.InterpolationMode.BICUBIC
-    if rng is None:
+    short, long = sorted(image.size)
+    if rng is None and long > 8 * short:
+        # The same without the whole resized image, gigabytes for a single row of pixels.
+        resized = size * long // short
+        ends = [(round((resized - size) / 2) + x) * long / resized for x in (0, size)]
+        left, right = ends if image.width == long else (0, short)
+        top, bottom = ends if image.height == long else (0, short)
+        image = image.resize((size, size), Image.BICUBIC, (left, top, right, bottom))
+    elif rng is None:
         image = TF.center_crop(TF.resize(image, size, bicubic), [size, size])
     else:
         image = TF.resized_crop(image, *_crop(*image.size, rng), [size, size], bicubic)
@@ -228,6 +240,7 @@ def image_features(
             rows |= shard
             if cached and rank == 0:
                 _save_rows(folder, shard)
+    say_what_was_not_turned()
     stored = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
     features, norms = stored.split([width, 1], dim=1)
     features = features * norms if raw else features.contiguous()
@@ -268,15 +281,40 @@ def _encode(clip_model, split, wanted, bar):
 
 @torch.no_grad()
 def photo_features(clip_model, images, raw=False):
-    """Features (N, D) of PIL images that belong to no dataset. raw: not normalised."""
-    if not images:
-        raise BadInput("there is no image to look at")
+    """Features (N, D) of photos that belong to no dataset, one at a time: PIL images, or pixels
+    from `album_pixels`. raw: not normalised."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     features = []
     for image in images:
-        pixels = as_clip_reads([preprocess(upright_rgb(image), size)], device)
-        features.append(encode_images(clip_model, pixels, torch.float32))
+        if not torch.is_tensor(image):
+            unread = getattr(image, "tile", None) and image.filename and not image.tell()
+            # Opened once more, so that the caller's keeps no pixels: 48 megapixels take 0.2 GB.
+            image = open_photo(image.filename) if unread else upright_rgb(image)
+            image = preprocess(image, size)
+        features.append(encode_images(clip_model, as_clip_reads([image], device), torch.float32))
+    if not features:
+        raise BadInput("there is no image to look at")
+    say_what_was_not_turned()
     return torch.cat(features) if raw else F.normalize(torch.cat(features), dim=-1)
+
+
+def album_pixels(clip_model, files):
+    """Yields (file, preprocessed pixels) of each photo that can be read, while threads read the
+    next few; names the others on standard error."""
+
+    def load(file):
+        try:
+            return preprocess(open_photo(file), clip_model.visual.input_resolution)
+        except BadInput as error:
+            return error
+
+    few = range(0, len(files), PHOTOS_AT_ONCE)
+    batches = [[(file,) for file in files[i : i + PHOTOS_AT_ONCE]] for i in few]
+    for file, pixels in zip(files, itertools.chain.from_iterable(_one_ahead(load, batches))):
+        if torch.is_tensor(pixels):
+            yield file, pixels
+        else:
+            print(pixels, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------- while training

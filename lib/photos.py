@@ -2,48 +2,92 @@
 
 import csv
 import glob
+import io
 import os
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lib.runs import BadInput, read_lines, replacing
 
-# Pillow's remarks on images that it reads well.
+# Pillow's remark on images that it reads well.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = 2**29  # it refuses twice as many, 4 GB; phones take 200 megapixels
 # All that Pillow can open, but for films and scientific containers that it only recognises.
 IMAGE_SUFFIXES = {
     suffix
     for suffix, kind in Image.registered_extensions().items()
     if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
 }
+ORIENTATION = 0x0112  # in EXIF data
+_T = Image.Transpose
+TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}
+TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}  # its value: what sets it right
+not_turned = {}  # the names of images whose orientation could not be read
 
 
 def open_photo(file, as_coop=False):
-    """An image file as an RGB PIL image. Raises BadInput if it cannot be read.
+    """An image file as an RGB PIL image. Raises BadInput if its pixels cannot be read.
 
     as_coop: as CoOp reads it; else as `upright_rgb` makes it.
     """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB") if as_coop else upright_rgb(image)
-    except Exception as error:  # on damaged bytes Pillow may stumble in any way
-        raise BadInput(f"cannot read the image {file}: {error}") from error
+    error = None
+    for source in (Path, _bare_png):
+        try:
+            with Image.open(source(file)) as image:
+                image.filename = str(file)
+                return image.convert("RGB") if as_coop else upright_rgb(image)
+        except Exception as caught:  # on damaged bytes Pillow may stumble in any way
+            error = error or caught
+    raise BadInput(f"cannot read the image {file}: {error}") from error
+
+
+def _bare_png(file):
+    """A PNG file with its pixels and orientation alone: Pillow gives up at other chunks that are
+    damaged or very long, as texts and colour profiles are."""
+    content = Path(file).read_bytes()
+    if content[:4] != b"\x89PNG":
+        raise ValueError("not a PNG file")
+    at, kept = 8, [content[:8]]
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, kind, data, checksum
+        kind, chunk = content[at + 4 : at + 8], content[at:end]
+        if kind[:1].isupper():  # PNG's way to say that nobody can do without it
+            kept.append(chunk)
+        elif kind == b"eXIf":
+            kept += [chunk[:-4], zlib.crc32(chunk[4:-4]).to_bytes(4, "big")]
+        at = end
+    return io.BytesIO(b"".join(kept))
 
 
 def upright_rgb(image):
     """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
     instead of cut off: 16-bit grey to its upper half, other numbers by their own range."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # turns a TIFF
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # not `ImageOps.exif_transpose`: what else EXIF holds is of no concern
+        turn = None
+        not_turned[getattr(image, "filename", "") or "an image in memory"] = True
+    if turn is not None and image.format != "TIFF":
+        image = image.transpose(turn)
+        image.info = {}  # or it would be turned again
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
         low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
         image = Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def say_what_was_not_turned():
+    if not_turned:
+        which = f"{len(not_turned)}, first {next(iter(not_turned))}"
+        print(f"photos not turned, as their EXIF data is damaged: {which}", file=sys.stderr)
+        not_turned.clear()
 
 
 # -------------------------------------------------------------------------------------- albums
@@ -73,17 +117,6 @@ def _photos_below(folder):
             yield from _photos_below(path)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
-
-
-def open_photos(files):
-    """Yields (file, PIL image) of each readable photo; names the others on standard error."""
-    for file in files:
-        try:
-            image = open_photo(file)
-        except BadInput as error:
-            print(error, file=sys.stderr)
-            continue
-        yield file, image
 
 
 def read_names(names):

@@ -34,6 +34,24 @@ def per_class_accuracy(predictions, labels, class_names):
     return found
 
 
+def confusion(predictions, labels, class_names):
+    """{class name: {predicted class name: number of images}}, without zeros; as `result.json` has
+    names, two classes of one name share a row."""
+    counts = {name: {} for name in class_names}
+    for label, answer in zip(labels.tolist(), predictions.tolist()):
+        row, column = counts[class_names[label]], class_names[answer]
+        row[column] = row.get(column, 0) + 1
+    return counts
+
+
+def macro_f1(predictions, labels, n_classes):
+    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), in percent: a class that is guessed
+    too often counts against it, which accuracy per class does not show."""
+    right = labels[predictions == labels].bincount(minlength=n_classes)
+    all_of = labels.bincount(minlength=n_classes) + predictions.bincount(minlength=n_classes)
+    return round(100 * (2 * right / all_of.clamp(min=1)).mean().item(), 2)
+
+
 def prompt_usage(weights, templates):
     """{template: its prompt's share of the router's weight}, of weights (N, G); sums to 1."""
     return {t: round(share, 4) for t, share in zip(templates, weights.mean(dim=0).tolist())}

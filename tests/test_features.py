@@ -72,6 +72,38 @@ def test_the_test_transform_is_clips_own_on_images_made_rgb_first_as_coop_does(p
         assert close(loaded(photos, item.path, None), expected), item.path
 
 
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def differences(image, size=32):
+    """From the whole picture resized, then cropped."""
+    whole = T.Resize(size, T.InterpolationMode.BICUBIC)(image)
+    expected = T.functional.pil_to_tensor(T.CenterCrop(size)(whole))
+    return (features.preprocess(image, size).int() - expected.int()).abs()
+
+
+def test_up_to_eight_times_as_long_not_one_pixel_differs_from_resizing_the_whole():
+    rng = random.Random(0)
+    for i in range(150):
+        short = rng.randrange(1, 70)
+        sides = short, min(8 * short, round(short * rng.uniform(1, 8.2)))
+        image = noise(*sides[:: rng.choice((1, -1))], seed=i)
+        assert differences(image, rng.choice((32, 48, 224))).max() == 0, image.size
+
+
+def test_beyond_the_part_that_stays_is_resized_alone_and_hardly_differs():
+    for i, sides in enumerate([(600, 70), (70, 601), (4000, 33), (33, 4001), (64, 513), (90, 999)]):
+        assert differences(noise(*sides, seed=i)).max() <= 2, sides  # of 255
+    smooth = noise(20, 3).resize((330, 20), Image.BICUBIC)
+    assert differences(smooth, 224).max() <= 3
+    assert differences(smooth.transpose(Image.ROTATE_90), 224).max() <= 3
+    # Its whole resized picture would have 3.3 gigapixels.
+    for sides in ((65000, 1), (1, 65000)):
+        assert features.preprocess(noise(*sides), 224).shape == (3, 224, 224)
+
+
 def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_seed(photos):
     crop = T.RandomResizedCrop(32, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     normalise = T.Normalize(features.MEAN, features.STD)

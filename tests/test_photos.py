@@ -1,11 +1,14 @@
 """`eval.py RUN --images`: photos that no run has seen, on the command line and from Python."""
 
 import csv
+import io
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import train
 from eval import load_run
 from lib import features as feature_cache
 from lib import world
-from lib.photos import find_photos, open_photo
+from lib.photos import find_photos, open_photo, say_what_was_not_turned, upright_rgb
 from lib.runs import BadInput
 
 
@@ -240,3 +243,158 @@ def test_photos_of_any_mode_and_one_photo_twice_are_answered_from_python(world_r
     assert probabilities.shape == (9, 20)
     with pytest.raises(BadInput, match="there is no image"):
         run.classify([])
+
+
+# ------------------------------------------------------------------------- metadata and pixels
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+TURNED = np.rot90(PIXELS, -1)  # as orientation 6 says
+
+
+def encoded(kind, **options):
+    Image.fromarray(PIXELS).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def exif(*entries, after=b""):
+    """EXIF data with orientation 6. entries: (tag, type, count, value)."""
+    entries = sorted([(0x112, 3, 1, struct.pack("<HH", 6, 0)), *entries])
+    packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    count = struct.pack("<H", len(entries))
+    return b"Exif\0\0II*\0\x08\0\0\0" + count + packed + bytes(4) + after
+
+
+def chunk(kind, content, wrong=0):
+    checksum = zlib.crc32(kind + content) ^ wrong
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(*chunks, after=()):
+    """chunks: between the header and the pixels. after: behind them."""
+    whole = encoded("PNG")
+    end = whole.rindex(b"IEND") - 4
+    return whole[:33] + b"".join(chunks) + whole[33:end] + b"".join(after) + whole[end:]
+
+
+BEHIND = struct.pack("<I", 8 + 2 + 2 * 12 + 4)  # of two entries
+LONG = b"Workflow\0\0" + zlib.compress(bytes(2**21))
+RAW = b"Raw profile type exif\0\nexif\n 4\nzzzz"
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (png(chunk(b"eXIf", exif()[6:])), TURNED),
+        (png(chunk(b"eXIf", exif((0x11A, 2, 4, b"72\0\0"))[6:])), TURNED),
+        (png(chunk(b"eXIf", exif((0x11A, 10, 1, BEHIND), after=bytes([255] * 8))[6:])), TURNED),
+        (png(chunk(b"eXIf", exif((0x8825, 4, 1, b"\0\0\1\0"))[6:])), TURNED),
+        (png(chunk(b"eXIf", exif()[6:], wrong=1)), TURNED),
+        (png(chunk(b"tEXt", b"Comment\0x", wrong=1), chunk(b"eXIf", exif()[6:])), TURNED),
+        (png(chunk(b"tEXt", b"Comment\0x", wrong=1)), PIXELS),
+        (png(after=[chunk(b"tEXt", b"Comment\0x", wrong=1)]), PIXELS),
+        (png(chunk(b"zTXt", LONG)), PIXELS),
+        (png(after=[chunk(b"zTXt", LONG)]), PIXELS),
+        (png(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 70), PIXELS),
+        (png(chunk(b"iCCP", b"profile\0\1rubbish")), PIXELS),
+        (png(chunk(b"iCCP", b"rubbish")), PIXELS),
+        (png(chunk(b"gAMA", b"\0")), PIXELS),
+        (png(chunk(b"pHYs", b"\0\0")), PIXELS),
+        (png(chunk(b"prVt", b"of a program", wrong=1)), PIXELS),
+        (png(chunk(b"acTL", b"\0\0")), PIXELS),
+        (png(after=[chunk(b"tEXt", b"Comment\0" + bytes(300))])[:-150], PIXELS),
+        (png() + b"rubbish", PIXELS),
+        (encoded("TIFF"), PIXELS),
+        (encoded("TIFF", tiffinfo={0x112: 6}), TURNED),
+        (encoded("TIFF", tiffinfo={0x112: 6, 0x131: "a program"}), TURNED),
+        (encoded("WEBP", lossless=True, exif=exif((0x11A, 2, 4, b"72\0\0"))), TURNED),
+    ],
+)
+def test_metadata_does_not_spoil_pixels(content, expected, tmp_path, capsys):
+    (tmp_path / "photo").write_bytes(content)
+    image = open_photo(tmp_path / "photo")
+    assert np.array_equal(image, expected)
+    assert np.array_equal(upright_rgb(image), expected)  # nothing is turned twice
+    say_what_was_not_turned()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(chunk(b"eXIf", b"\0\x08rubbish")),
+        png(chunk(b"eXIf", b"\0\x08rubbish"), chunk(b"tEXt", b"Comment\0x", wrong=1)),
+        png(chunk(b"tEXt", RAW)),
+        encoded("WEBP", lossless=True, exif=b"\0\x08rubbish"),
+    ],
+)
+def test_what_could_not_be_turned_is_said_with_a_count_and_the_first_name(
+    content, tmp_path, capsys
+):
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(content)
+        assert np.array_equal(open_photo(tmp_path / name), PIXELS)
+    say_what_was_not_turned()
+    assert f"damaged: 2, first {tmp_path}/first" in capsys.readouterr().err
+
+
+def test_damaged_pixels_are_no_image(tmp_path):
+    whole = png()
+    at = whole.index(b"IDAT") + 40
+    for content in (
+        whole[: len(whole) // 2],
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+        *(encoded(kind)[:-700] for kind in ("JPEG", "GIF", "BMP", "TIFF", "WEBP")),
+        b"",
+    ):
+        (tmp_path / "photo").write_bytes(content)
+        with pytest.raises(BadInput, match=f"cannot read the image {tmp_path}/photo: "):
+            open_photo(tmp_path / "photo")
+
+
+def test_of_several_pictures_in_a_file_the_first_is_read(tmp_path):
+    image, other = Image.fromarray(PIXELS), Image.new("RGB", (40, 24))
+    for name, options in (("a.png", {}), ("a.webp", {"lossless": True}), ("a.tif", {})):
+        image.save(tmp_path / name, save_all=True, append_images=[other], **options)
+        assert np.array_equal(open_photo(tmp_path / name), PIXELS)
+    image.save(tmp_path / "a.mpo", save_all=True, append_images=[other], quality=95)
+    assert np.array_equal(open_photo(tmp_path / "a.mpo"), Image.open(tmp_path / "a.mpo"))
+
+
+# ------------------------------------------------------------------------------ an album streams
+
+
+def test_an_album_is_read_a_few_photos_at_a_time_and_its_class_names_once(
+    world_run, photos, run_eval, monkeypatch
+):
+    for i in range(40):
+        shutil.copy(next(photos.glob("0*.png")), photos / f"more {i:02}.png")
+    opened, said, read = [], [], []
+    open_one, print_one = feature_cache.open_photo, print
+
+    def print_and_count(*words, **options):
+        said.append(len(opened))
+        print_one(*words, **options)
+
+    text_features = train.MoCoOp.text_features
+    monkeypatch.setattr(
+        train.MoCoOp, "text_features", lambda *a: read.append(a) or text_features(*a)
+    )
+    monkeypatch.setattr(feature_cache, "open_photo", lambda f: opened.append(f) or open_one(f))
+    monkeypatch.setattr(eval, "print", print_and_count, raising=False)
+    status, lines, errors = run_eval(world_run, "--images", photos)
+    assert (status, errors, len(lines), len(opened), len(read)) == (0, [], 43, 43, 1)
+    assert all(n - i <= 8 for i, n in enumerate(said))
+
+
+def test_images_that_were_opened_and_not_read_stay_so(world_run, photos):
+    """A list of large photos would fill the memory with their pixels."""
+    run, files = load_run(world_run), sorted(photos.glob("*.png"))
+    images = [Image.open(file) for file in files]
+    _, probabilities, _ = run.classify(images)
+    assert all(image.tile for image in images)
+    _, again, _ = run.classify(Image.open(file) for file in files)
+    assert torch.equal(probabilities, again)
+    for image in images:
+        image.load()
+    assert torch.equal(run.classify(images)[1], probabilities)
