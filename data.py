@@ -9,7 +9,8 @@ A dataset is one of three things:
       data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
       data/eurosat/split_zhou_EuroSAT.json
 
-- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`;
+- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`; its classes are called like
+  their folders, or as a file `classnames.txt` says in lines of "folder name";
 - the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
 
 Each becomes a `Split`: three lists of images with labels.
@@ -27,9 +28,10 @@ import torch
 from lib import readers, world
 from lib.catalogue import DATASETS, archive_url
 from lib.download import fetch_dataset
-from lib.photos import open_photo
+from lib.photos import files_below, open_photo
 from lib.readers import PARTS, class_folders, image_files, readable
 from lib.runs import BadInput, nearest
+from prompts import first_alike
 
 # Where to find what is not downloaded.
 DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
@@ -147,7 +149,8 @@ def class_slice(n, classes):
 
 
 def select_classes(split, classes):
-    """The split with the images and names of `all`, `base` or `new` classes, labels from 0."""
+    """The split with the images and names of `all`, `base` or `new` classes, labels from 0. Raises
+    BadInput for a half of one class, on which any answer is right."""
     chosen = class_slice(len(split.class_names), classes)
     labels = range(chosen.start, chosen.stop)
 
@@ -155,6 +158,8 @@ def select_classes(split, classes):
         return [Item(i.path, i.label - labels.start) for i in items if i.label in labels]
 
     names = split.class_names[chosen]
+    if classes != "all" and len(names) < 2:
+        raise BadInput(f"of {split.name}, the {classes} classes are one class only, {names[0]!r}")
     lists = {part: keep(getattr(split, part)) for part in PARTS}
     return replace(split, class_names=names, **lists)
 
@@ -234,33 +239,65 @@ def _lists(row, folder):
 def _own_folder(dataset):
     """`<class>/*`, or `{train,val,test}/<class>/*` where val may be absent."""
     folder = Path(dataset)
-    given = [part for part in PARTS if (folder / part).is_dir()]
-    if not given:
-        return _check(_seeded_split(dataset, folder))
-    if "train" not in given or "test" not in given:
-        raise BadInput(f"{folder} has a folder {given[0]}/, and needs both train/ and test/ then")
-    classes = sorted({name for part in given for name in class_folders(folder / part)})
-    lists = {part: image_files(folder, part, classes) for part in PARTS}
-    names = [readable(name) for name in classes]
-    return _check(_split(dataset, folder, "folder", names, lists))
+    parts = readers.part_folders(folder)
+    if parts and not {"train", "test"} <= parts.keys():
+        raise BadInput(
+            f"{folder} has a folder {[*parts.values()][0]}/, and needs both train/ and test/ then"
+        )
+    classes = sorted({c for part in parts.values() or [""] for c in class_folders(folder / part)})
+    file = folder / "classnames.txt"
+    names = readers.read_class_names(file) if file.is_file() else dict(zip(classes, classes))
+    names = [readable(name) for name in readers.names_of(classes, names, file)]
+
+    def images(below):
+        found = image_files(folder, below, classes)
+        return [(path, label) for path, label in found if os.path.isfile(folder / path)]
+
+    if parts:
+        lists = {part: images(parts[part]) if part in parts else [] for part in PARTS}
+    else:
+        lists = _seeded_lists(images(""))
+    split = _split(dataset, folder, "folder" if parts else "seeded", names, lists)
+    _say_what_is_guessed(split)
+    _check(split)
+    alike = first_alike(names)
+    if alike:
+        first, second = (classes[i] for i in alike)
+        raise BadInput(f"{folder}: CLIP reads the same name for the classes {first} and {second}")
+    return split
 
 
-def _seeded_split(dataset, folder):
-    """A split of our own from one folder per class: 50% train, 20% val, 30% test of each.
+def _seeded_lists(items):
+    """A split of our own: 50% train, 20% val, 30% test of each class.
 
     Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
     """
-    lists = {part: [] for part in PARTS}
-    classes = class_folders(folder)
-    for label, name in enumerate(classes):
-        items = [(path, label) for path, _ in image_files(folder, "", [name])]
-        random.Random(0).shuffle(items)
-        n_train = round(0.5 * len(items))
-        n_val = min(round(0.2 * len(items)), len(items) - n_train - 1)  # of three, one is for test
-        lists["train"] += items[:n_train]
-        lists["val"] += items[n_train : n_train + n_val]
-        lists["test"] += items[n_train + n_val :]
-    return _split(dataset, folder, "seeded", [readable(name) for name in classes], lists)
+    by_label, lists = defaultdict(list), {part: [] for part in PARTS}
+    for path, label in items:
+        by_label[label].append((path, label))
+    for own in by_label.values():
+        random.Random(0).shuffle(own)
+        n_train = round(0.5 * len(own))
+        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # of three, one is for test
+        lists["train"] += own[:n_train]
+        lists["val"] += own[n_train : n_train + n_val]
+        lists["test"] += own[n_train + n_val :]
+    return lists
+
+
+def _say_what_is_guessed(split):
+    """Prints which files of a folder of one's own are not among its images, and which images count
+    to a class although they do not lie in its folder itself."""
+    used = {item.path for part in PARTS for item in getattr(split, part)}
+    depth = 2 if split.source == "folder" else 1
+    left_out = [f for f in files_below(split.folder) if f not in used and f != "classnames.txt"]
+    found = {
+        "files are not images in a class folder and are left out": left_out,
+        "images lie deeper in their class folder": sorted(p for p in used if p.count("/") > depth),
+    }
+    for what, paths in found.items():
+        if paths:
+            print(f"{split.folder}: {len(paths):,} {what}, the first is {paths[0]}")
 
 
 def _check(split):
@@ -273,9 +310,6 @@ def _check(split):
     for name in (str(where), *split.class_names):
         if not name.strip() or name.encode(errors="ignore").decode() != name:
             raise BadInput(f"{where}: {name!r} is no name in Unicode: rename that folder")
-    twice = [name for name, n in Counter(map(str.casefold, split.class_names)).items() if n > 1]
-    if twice and split.source != "coop":  # ImageNet has a few names twice
-        raise BadInput(f"two classes in {where} have one name, {twice[0]!r}, to CLIP's lower case")
     if len(split.class_names) == 1:
         raise BadInput(f"{where} has one class only, {split.class_names[0]!r}")
     test_only = parts == ["test"] and split.source == "coop"

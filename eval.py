@@ -12,8 +12,10 @@ The first three write into the run's folder: `eval_<dataset>_<classes>.json`, th
 beside it, and `samples_<...>.png`, test images with the prompts that they were given.
 """
 
+import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +25,23 @@ import torch
 from data import dataset_name, full_dataset, load_split, select_classes
 from lib import report
 from lib.baselines import ClassVectors
-from lib.catalogue import all_templates, template_groups
+from lib.catalogue import all_templates, row_of, template_groups
 from lib.clip_model import MEAN, STD, load_clip
 from lib.features import album_pixels, attach, image_features, photo_features
 from lib.parallel import choose_device
-from lib.photos import check_output, find_photos, read_names, write_csv
+from lib.photos import check_output, find_photos, write_csv
 from lib.runs import (
     BadInput,
     Parser,
     exit_on_bad_input,
     find_runs,
+    read_lines,
     read_result,
     read_torch_file,
     replacing,
     save_json,
 )
-from prompts import PromptError, known_tokens, template_features, words_of
+from prompts import PromptError, first_alike, known_tokens, template_features, words_of
 from train import (
     BASELINES,
     default_config,
@@ -64,12 +67,12 @@ class Run(NamedTuple):
     def classify(self, images, class_names=None):
         """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list or a generator, or what `photo_features` gives for it. class_names: your own;
-        None for those of the training. Probabilities are the softmax of the method's logits; a
-        weight belongs to the prompt of `model.templates` at its place.
+        images: a list or a generator, or what `photo_features` gives for it. class_names: your own,
+        see `read_names`; None for those of the training. Probabilities are the softmax of the
+        method's logits; a weight belongs to the prompt of `model.templates` at its place.
         Raises BadInput if the method cannot answer with these classes.
         """
-        names = self.class_names if class_names is None else list(class_names)
+        names = self.class_names if class_names is None else read_names(class_names)
         features = images if torch.is_tensor(images) else self.photo_features(images)
         return names, *self.classifier(names)(features)
 
@@ -152,14 +155,21 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
     folder, run = Path(folder), load_run(folder, clip, device)
-    config, groups, _, model, clip_model, fingerprint = run
+    config, groups, class_names, model, clip_model, fingerprint = run
     its_result = read_result(folder / "result.json")
     dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
-    if dataset != config["dataset"] and dataset_name(dataset) == dataset_name(config["dataset"]):
-        raise BadInput(
-            f"{dataset} has the name of the run's own dataset, {config['dataset']}: rename it"
-        )
-    split = select_classes(load_split(dataset, data or config["data"]), classes)
+    full_split = load_split(dataset, data or config["data"])
+    split = replace(select_classes(full_split, classes), train=[], val=[])
+    name = f"{split.name}_{classes}"
+    file = folder / f"eval_{name}.json"
+    its_own = split.name == dataset_name(config["dataset"])
+    if its_own:  # a folder may have moved: it is known by its name and its classes
+        own_names = select_classes(full_split, config["classes"]).class_names
+        same = own_names == class_names and row_of(dataset) == row_of(config["dataset"])
+    else:
+        same = not file.exists() or read_result(file).get("target", dataset) == dataset
+    if not same:
+        raise BadInput(f"{folder} holds numbers of another {split.name}: rename {dataset}")
     what = f"test images of {dataset}, {classes} classes"
 
     # Zero-shot and ensemble: CLIP as it was, with the target's templates.
@@ -168,7 +178,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     if learned:
         untrained_clip, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
     plain = image_features(untrained_clip, fingerprint, split, split.test, what=what)
-    target_groups = groups if dataset == config["dataset"] else template_groups(dataset)
+    target_groups = groups if its_own else template_groups(dataset)
     untrained = run.untrained(dataset, target_groups, split.class_names)
     zero_shot, ensemble = (
         report.accuracy_on(m, split, split.test, plain) for m in untrained.values()
@@ -185,8 +195,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     )
     result = its_result | measured
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
-    name = f"{split.name}_{classes}"
-    save_json(result, folder / f"eval_{name}.json")
+    result["target"] = config["dataset"] if its_own else dataset  # a folder by its full path
+    save_json(result, file)
     draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
     if model.templates:
         report.router_picture(result, folder / f"eval_{name}.png")
@@ -279,6 +289,22 @@ def export(folder, file, clip=None, device=None):
 
 
 # ------------------------------------------------------------------------------- your own photos
+
+
+def read_names(names):
+    """Class names of your own as a list: from a list, a file with one per line, or a text with
+    commas between them. Raises BadInput for fewer than two, or for two that CLIP cannot tell apart.
+    """
+    if isinstance(names, str):
+        names = read_lines(names) if os.path.isfile(names) else names.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    if len(names) < 2:
+        raise BadInput(f"two class names at least, between commas or in a file, not {names}")
+    alike = first_alike(names)
+    if alike:
+        first, second = (names[i] for i in alike)
+        raise BadInput(f"CLIP cannot tell the class names {first!r} and {second!r} apart")
+    return names
 
 
 def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=None):

@@ -52,6 +52,17 @@ def token_ids(text):
     return _tokenizer().encode(text)
 
 
+def first_alike(names):
+    """The positions of the first two names that CLIP's tokenizer cannot tell apart, or None: it
+    reads lower case, spaces of any width, and accents and HTML however they are written."""
+    positions = {}
+    for i, name in enumerate(names):
+        first = positions.setdefault(tuple(token_ids(name)), i)
+        if first != i:
+            return first, i
+    return None
+
+
 def words_of(ids):
     """The words, or pieces of words, that tokens stand for."""
     return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]

@@ -207,7 +207,7 @@ def configure(arguments=None):
     parser.set_defaults(**defaults)
     config = vars(parser.parse_args(arguments))
     resume = config.pop("resume")
-    config["dataset"] = dataset
+    config["dataset"], config["data"] = dataset, str(Path(config["data"]).resolve())
     config["clip"] = runs.full_path(config["clip"], but=["bundled"])
     config["groups"] = runs.full_path(config["groups"], but=["dataset", "auto"])
     for name, without_effect, why in NO_EFFECT:

@@ -4,6 +4,7 @@ One row per dataset. One of your own needs `folder`, `images` and `split`; all e
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 from lib import world
@@ -267,20 +268,30 @@ def named_groups(config):
     return [all_templates(groups)] if config["one_group"] else groups
 
 
+# Language models number templates or put them in a list, in quotation marks or in bold print.
+LISTED = re.compile(r"""(?:(?:[-*+•–]|\(?\d+[.)])\s+)?(?:["“'‘`*]+(.*?)["”'’`*]+[.,;]*|(.*))""")
+
+
 def read_groups(file):
-    """Template groups of your own: one template per line, a blank line between groups.
+    """Template groups of your own: one template per line, a blank line or a heading in Markdown
+    between groups.
 
     Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
     without {}, or two groups that start alike.
     """
     groups = [[]]
-    for line in map(str.strip, read_text(file).splitlines()):
-        if line:
-            groups[-1].append(line)
-        else:
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        quoted, plain = LISTED.fullmatch(line.strip()).groups()
+        template = quoted or plain
+        if not template or ("{}" not in line and line.strip().startswith(("#", "**", "---"))):
             groups.append([])
-        if line.count("{}") != bool(line):
-            raise BadInput(f"{file}: the template {line!r} needs one {{}} for the class name")
+        elif template.count("{}") == 1 and not set(template) & set("*`|"):
+            groups[-1].append(template)
+        else:
+            where = f"{file}, line {number}"
+            raise BadInput(
+                f"{where}: {template!r} needs one {{}} for the class name, and no Markdown"
+            )
     groups = [group for group in groups if group]
     if not groups:
         raise BadInput(f"{file} holds no template")

@@ -10,7 +10,9 @@ A dataset has a folder in the cache, and in it one folder per CLIP and way of en
 afterwards, so runs can share the cache at the same time. At worst both encode an image.
 
 An image's key names its content: its path below the dataset's folder, its size and a digest of its
-beginning. So a copy of a dataset and its cache on another disk finds everything.
+beginning. So a copy of a dataset and its cache on another disk finds everything. Two folders of
+one's own may have one name, and scans in them the same size and white margin, so there the file's
+time is part of the key. A folder that has moved, or was copied with its times, is still found.
 """
 
 import contextlib
@@ -130,6 +132,30 @@ def _one_ahead(load, batches):
         yield [future.result() for future in futures]
 
 
+def _images_ahead(split, batches, size):
+    """The same for batches of (path, view). Raises BadInput for unreadable images."""
+    with all_unreadable(split):
+        yield from _one_ahead(functools.partial(load_image, split, size=size), batches)
+
+
+@contextlib.contextmanager
+def all_unreadable(split):
+    """If one image cannot be read, names all of the split that cannot, not one in every run."""
+
+    def complaint(path):
+        try:
+            split.open(path)
+        except BadInput as error:
+            return str(error)
+
+    try:
+        yield
+    except BadInput as error:
+        paths = dict.fromkeys(i.path for part in (split.train, split.val, split.test) for i in part)
+        complaints = filter(None, _threads().map(complaint, paths))
+        raise BadInput("\n".join(complaints) or str(error)) from error
+
+
 # ----------------------------------------------------------------------------------- the cache
 
 
@@ -145,18 +171,21 @@ def _content_names(split, paths):
     """
     if split.folder is None:
         return {path: f"{split.dataset}/{path}|{world.SOURCE_HASH}" for path in paths}
+    is_coop = split.source == "coop"  # CoOp reads images in its own way, see `Split.open`
 
     def name(path):
         file = split.folder / path
         try:
             with open(file, "rb") as content:
                 digest = hashlib.blake2b(content.read(DIGESTED), digest_size=16).hexdigest()
-            # CoOp reads images in its own way, see `Split.open`.
-            return f"{path}|{split.source == 'coop'}|{file.stat().st_size}|{digest}"
+            stat = file.stat()
         except OSError as error:
             raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
+        content_name = f"{path}|{is_coop}|{stat.st_size}|{digest}"
+        return content_name if is_coop else f"{content_name}|{stat.st_mtime_ns}"
 
-    return dict(zip(paths, _threads().map(name, paths)))
+    with all_unreadable(split):
+        return dict(zip(paths, _threads().map(name, paths)))
 
 
 def _load_rows(folder, keys, width):
@@ -259,9 +288,8 @@ def _encode(clip_model, split, wanted, bar):
     size, n = clip_model.visual.input_resolution, BATCH[device.type]
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
-    load = functools.partial(load_image, split, size=size)
     rows = []
-    for batch, loaded in zip(batches, _one_ahead(load, batches)):
+    for batch, loaded in zip(batches, _images_ahead(split, batches, size)):
         images = as_clip_reads(loaded, device)
         padded = images.new_zeros(n, *images.shape[1:])
         padded[: len(images)] = images
@@ -363,9 +391,8 @@ class LiveImages:
         """As `CachedImages.batches`. The epoch is the number of the view."""
         size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
         view, dtype = None if self.split.folder is None else epoch, parallel.mixed_dtype(device)
-        load = functools.partial(load_image, self.split, view=view, size=size)
-        paths = [[(self.split.train[i].path,) for i in batch.tolist()] for batch in batches]
-        for loaded in _one_ahead(load, paths):
+        paths = [[(self.split.train[i].path, view) for i in batch.tolist()] for batch in batches]
+        for loaded in _images_ahead(self.split, paths, size):
             features = encode_images(self.clip_model, as_clip_reads(loaded, device), dtype)
             yield F.normalize(features, dim=-1)
 

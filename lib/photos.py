@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.runs import BadInput, read_lines, replacing
+from lib.runs import BadInput, replacing
 
 # Pillow's remark on images that it reads well.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
@@ -90,44 +90,52 @@ def say_what_was_not_turned():
         not_turned.clear()
 
 
+# ------------------------------------------------------------------------------ finding pictures
+
+
+def is_image(path):
+    """Whether a path has the suffix of an image."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+def files_below(folder, above=()):
+    """Yields the paths of all files below a folder, relative to it and in sorted order, without
+    hidden ones. Links to folders are followed; one that leads back is a file, like a dead one."""
+    above = (*above, os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == ".":
+            continue
+        is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+        if is_folder and os.path.realpath(entry) not in above:
+            yield from (f"{entry.name}/{file}" for file in files_below(entry.path, above))
+        else:
+            yield entry.name
+
+
 # -------------------------------------------------------------------------------------- albums
 
 
 def find_photos(paths):
-    """The files that paths, folders (with all below them, but nothing hidden) and patterns name,
-    each once. Raises BadInput for one that names nothing."""
-    found = []
+    """The files that paths, folders (with all images below them) and patterns name, each once. What
+    is left out of the folders is named on standard error. Raises BadInput for a path that names no
+    image."""
+    found, left_out = [], []
     for path in paths:
-        if os.path.isdir(path):
-            files = _photos_below(Path(path))
-        else:
-            files = [Path(path)] if os.path.exists(path) else map(Path, glob.glob(path))
-        files = sorted(f for f in files if f.is_file())
+        files = []
+        for named in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
+            if not os.path.isdir(named):
+                files.append(Path(named))
+                continue
+            below = [Path(named, file) for file in files_below(named)]
+            files += filter(is_image, below)
+            left_out += [file for file in below if not is_image(file)]
         if not files:
             raise BadInput(f"{path} names no image")
         found += files
+    if left_out:
+        n, first = len(left_out), left_out[0]
+        print(f"left out {n} files that are not images, the first is {first}", file=sys.stderr)
     return list(dict.fromkeys(found))
-
-
-def _photos_below(folder):
-    for path in folder.iterdir():
-        if path.name[0] == ".":
-            continue
-        if path.is_dir() and not path.is_symlink():  # a link may lead to where it is
-            yield from _photos_below(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield path
-
-
-def read_names(names):
-    """Class names: a file with one per line, or separated by commas. Raises BadInput for fewer
-    than two, or for two that CLIP, which reads lower case, cannot tell apart."""
-    listed = read_lines(names) if os.path.isfile(names) else names.split(",")
-    listed = [name.strip() for name in listed if name.strip()]
-    if len(listed) < 2 or len({name.casefold() for name in listed}) < len(listed):
-        hint = "" if "," in names or os.path.isfile(names) else f", and there is no file {names!r}"
-        raise BadInput(f"--names needs two class names at least, each once{hint}")
-    return listed
 
 
 def check_output(file, run_folder, inputs):

@@ -8,10 +8,15 @@ import json
 import os
 from pathlib import Path
 
-from lib.photos import IMAGE_SUFFIXES
+from lib.photos import files_below, is_image
 from lib.runs import BadInput, read_lines
 
 PARTS = ("train", "val", "test")
+PART_FOLDERS = {  # what people call them
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 def read_split_file(file, images):
@@ -60,7 +65,7 @@ def read_imagenet(folder, images, layout, class_names_file):
     class_names_file, a file with lines of "synset name".
     Raises BadInput for a class folder without a name.
     """
-    names = dict(line.partition(" ")[::2] for line in read_lines(class_names_file))
+    names = read_class_names(class_names_file)
     test = f"{images}/val" if layout == "imagenet" else images
     classes = class_folders(folder / test)
     if layout == "numbers":
@@ -71,39 +76,63 @@ def read_imagenet(folder, images, layout, class_names_file):
             f"no class folders in {folder / test}: its images come in one flat folder and belong in"
             " val/<synset>/*.JPEG; the script valprep.sh of soumith/imagenetloader.torch moves them"
         )
-    unknown = [name for name in classes if name not in names]
-    if unknown:
-        raise BadInput(
-            f"{class_names_file} has no name for the folder {folder / test / unknown[0]}"
-        )
+    class_names = names_of(classes, names, class_names_file)
     lists = {"train": [], "val": [], "test": image_files(folder, test, classes)}
     if layout == "imagenet":
         # CoOp takes the file names of a class in the disk's order; sorted, the samples are ours.
         lists["train"] = image_files(folder, f"{images}/train", classes)
-    return [names[name] for name in classes], lists
+    return class_names, lists
+
+
+def read_class_names(file):
+    """{folder: class name} of a file with lines of "folder name". Raises BadInput for others."""
+    pairs = [line.split(maxsplit=1) for line in read_lines(file)]
+    for pair in pairs:
+        if len(pair) < 2:
+            raise BadInput(f"{file}: the line {pair[0]!r} needs a folder and its class name")
+    return dict(pairs)
+
+
+def names_of(classes, names, file):
+    """The names of class folders. Raises BadInput for one without a name. names: by folder, from
+    `file`."""
+    for folder in classes:
+        if folder not in names:
+            raise BadInput(f"{file} has no name for the folder {folder}")
+    return [names[folder] for folder in classes]
+
+
+def part_folders(folder):
+    """{"train" | "val" | "test": the name of its folder} in a folder of one's own. Empty if there
+    are none, or if they are classes: if they hold images themselves, and no folders."""
+    found = {}
+    for name in class_folders(folder):
+        for part, names in PART_FOLDERS.items():
+            if name.lower() in names and found.setdefault(part, name) != name:
+                raise BadInput(f"{folder} has two folders for {part}: {found[part]}/ and {name}/")
+
+    def is_class(name):
+        return not class_folders(folder / name) and any(map(is_image, files_below(folder / name)))
+
+    return {} if all(map(is_class, found.values())) else found
 
 
 def class_folders(folder):
-    """The names of the folders below `folder`, sorted, without hidden ones. Those that start with
-    _ are left out as well, and a line says so."""
+    """The names of the folders below `folder`, sorted, without those that start with . or _"""
     if not folder.is_dir():
         return []
-    names = sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != ".")
-    left_out = [name for name in names if name[0] == "_"]
-    if left_out:
-        print(f"{folder}: {', '.join(left_out)} left out, as class folders do not start with _")
-    return [name for name in names if name not in left_out]
+    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
 
 
 def image_files(folder, below, classes):
-    """The image files of each class folder in `folder / below`, in sorted order, labelled by the
-    position of their class in the list."""
+    """The image files at any depth of each class folder in `folder / below`, in sorted order,
+    labelled by the position of their class in the list."""
     return [
         (f"{below}/{name}/{file}".lstrip("/"), label)
         for label, name in enumerate(classes)
         if (folder / below / name).is_dir()
-        for file in sorted(os.listdir(folder / below / name))
-        if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
+        for file in files_below(folder / below / name)
+        if is_image(file)
     ]
 
 

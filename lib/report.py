@@ -158,7 +158,7 @@ def accuracies(runs):
     rows = defaultdict(lambda: defaultdict(dict))
     for result, evaluations in runs:
         config, changed = result["config"], result["changed_flags"]
-        task = result["dataset"], result["classes"], result["clip"]
+        task = config["dataset"], result["classes"], result["clip"]  # a folder has its full path
         # The ensemble depends on the templates alone, however they are grouped.
         templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
         own = Line(*task, config["shots"], result["label"], result["method"], json.dumps(changed))
@@ -172,7 +172,8 @@ def accuracies(runs):
             columns = rows[line]
             columns["accuracy"][config["seed"]] = result[key]
             for other in evaluations:
-                differs = [other[k] for k in ("dataset", "classes") if other[k] != result[k]]
+                target = other | {"dataset": other.get("target", other["dataset"])}
+                differs = [target[k] for k in ("dataset", "classes") if other[k] != result[k]]
                 if differs:
                     columns[" ".join(differs)][config["seed"]] = other[key]
     return rows

@@ -132,15 +132,17 @@ def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
     assert not torch.equal(view(path, 3), view(other, 3))
 
 
-def test_images_are_loaded_by_threads_one_batch_ahead():
+def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
     loaded, threads = [], set()
 
-    def load(i):
+    def load(split, i, view, size):
         loaded.append(i)
         threads.add(threading.current_thread())
         return i
 
-    stream = features._one_ahead(load, [[(i,) for i in range(n, n + 4)] for n in (0, 4, 8)])
+    monkeypatch.setattr(features, "load_image", load)
+    batches = [[(i, None) for i in range(n, n + 4)] for n in (0, 4, 8)]
+    stream = features._one_ahead(None, batches, 32)
     assert next(stream) == [0, 1, 2, 3]
     while len(loaded) < 8:
         time.sleep(0.001)

@@ -91,8 +91,8 @@ def test_class_names_of_ones_own(world_run, photos, tmp_path, run_eval):
     for names, said in (
         ("red circle,red zebra", "never seen the word 'zebra'"),
         ("one", "two class names at least"),
-        ("red ring, blue ring, red ring", "each once"),
-        ("Red ring,red ring", "each once"),  # CLIP reads lower case
+        ("red ring, blue ring, red ring", "names 'red ring' and 'red ring' apart"),
+        ("Red ring,red ring", "names 'Red ring' and 'red ring' apart"),  # CLIP reads lower case
     ):
         status, _, errors = run_eval(world_run, "--names", names, "--images", photos)
         assert status == 2 and said in errors[0]

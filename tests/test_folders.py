@@ -1,0 +1,357 @@
+"""Folders of one's own: what belongs to a class, what is left out, what their names mean."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+from conftest import draw_image
+from PIL import Image
+
+import eval
+import train
+from data import Item, Split, load_split, select_classes
+from lib import features, report
+from lib.catalogue import read_groups
+from lib.features import image_features
+from lib.photos import find_photos
+from lib.runs import BadInput, find_runs
+from prompts import first_alike
+
+
+def make(folder, *classes, n=6):
+    """A folder with n drawn images in each of its class folders."""
+    for name in classes:
+        for i in range(n):
+            draw_image(folder / name / f"{i}.jpg", f"{name}{i}")
+    return folder
+
+
+def paths_of(split):
+    return {item.path for part in (split.train, split.val, split.test) for item in part}
+
+
+# ------------------------------------------------------------------------- what belongs to a class
+
+
+def test_images_in_folders_below_a_class_folder_belong_to_it(tmp_path, capsys):
+    make(tmp_path / "photos", "cat", "cat/2023/may", "dog", n=4)
+    make(tmp_path / "elsewhere", "", n=3)
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos/dog/linked")
+    os.symlink(tmp_path / "photos/dog", tmp_path / "photos/dog/itself")
+    split = load_split(str(tmp_path / "photos"), "")
+    assert split.class_names == ["cat", "dog"]
+    below = {"cat": "", "cat/2023/may": "", "dog": ""}
+    expected = {f"{name}/{i}.jpg" for name in below for i in range(4)}
+    assert paths_of(split) == expected | {f"dog/linked/{i}.jpg" for i in range(3)}
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{split.folder}: 1 files are not images in a class folder and are left out, the first is"
+        " dog/itself",
+        f"{split.folder}: 7 images lie deeper in their class folder, the first is"
+        " cat/2023/may/0.jpg",
+    ]
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 10])
+def test_a_folder_without_deeper_images_is_split_as_ever(tmp_path, n):
+    split = load_split(str(make(tmp_path, "cat", "red_dog", n=n)), "")
+    for label, name in enumerate(["cat", "red_dog"]):
+        order = sorted(f"{name}/{i}.jpg" for i in range(n))
+        random.Random(0).shuffle(order)
+        n_train, n_val = {2: (1, 0), 3: (2, 0), 7: (4, 1), 10: (5, 2)}[n]
+        parts = split.train, split.val, split.test
+        found = [[i.path for i in part if i.label == label] for part in parts]
+        assert found == [
+            order[:n_train],
+            order[n_train : n_train + n_val],
+            order[n_train + n_val :],
+        ]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Valid"])
+def test_the_parts_of_a_split_have_several_names(tmp_path, val):
+    for part in ("Training" if val == "Valid" else "train", val, "test"):
+        make(tmp_path / part, "cat", "dog", n=2)
+    split = load_split(str(tmp_path), "")
+    assert split.source == "folder" and split.class_names == ["cat", "dog"]
+    assert [item.path for item in split.val[:2]] == [f"{val}/cat/0.jpg", f"{val}/cat/1.jpg"]
+    assert (len(split.train), len(split.test)) == (4, 4)
+    make(tmp_path / "VAL", "cat", "dog", n=2)
+    if val != "val":
+        with pytest.raises(BadInput, match=f"has two folders for val: VAL/ and {val}/"):
+            load_split(str(tmp_path), "")
+
+
+def test_train_and_test_that_hold_images_themselves_are_classes(tmp_path):
+    split = load_split(str(make(tmp_path, "bus", "test", "train")), "")
+    assert split.source == "seeded" and split.class_names == ["bus", "test", "train"]
+
+
+def test_a_test_set_without_classes_is_not_taken_for_a_class(tmp_path, capsys):
+    make(make(tmp_path, "test", n=3) / "train", "cat", "dog")
+    with pytest.raises(BadInput, match="the class 'cat' has no image in test"):
+        load_split(str(tmp_path), "")
+    assert "3 files are not images in a class folder" in capsys.readouterr().out
+
+
+def test_whatever_is_not_an_image_of_a_class_is_counted_in_one_line(tmp_path, capsys):
+    folder = make(tmp_path / "photos", "cat", "dog")
+    before = paths_of(load_split(str(folder), ""))
+    assert capsys.readouterr().out == ""
+    os.symlink("nowhere.jpg", folder / "cat/dangling.jpg")
+    for path in ("cat/DSC0001", "cat/x.xyz", "dog/more.zip", "fox.tar.gz", "loose.jpg"):
+        draw_image(tmp_path / "one.jpg", path)
+        (folder / path).write_bytes((tmp_path / "one.jpg").read_bytes())
+    (folder / ".DS_Store").write_text("what a system leaves behind is not the user's")
+    (folder / "cat/._0.jpg").write_text("nor is this")
+    assert paths_of(load_split(str(folder), "")) == before
+    assert capsys.readouterr().out == (
+        f"{folder}: 6 files are not images in a class folder and are left out, the first is"
+        " cat/DSC0001\n"
+    )
+
+
+def test_half_of_two_classes_is_refused():
+    items = [Item(f"{label}.jpg", label) for label in range(3)]
+    for n, half in ((2, "base"), (2, "new"), (3, "new")):
+        split = Split("pets", None, "coop", ["cat", "dog", "fox"][:n], items[:n], [], items[:n])
+        with pytest.raises(BadInput, match=f"of pets, the {half} classes are one class only"):
+            select_classes(split, half)
+    assert select_classes(split, "base").class_names == ["cat", "dog"]
+
+
+# -------------------------------------------------------------------------------------- albums
+
+
+def test_what_an_album_leaves_out_is_said(tmp_path, monkeypatch, capsys):
+    make(tmp_path, "album/deep", n=2)
+    (tmp_path / "album/film.mp4").write_text("no image")
+    (tmp_path / "album/deep/raw").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    images = [f"album/deep/{i}.jpg" for i in range(2)]
+    assert [str(f) for f in find_photos(["album"])] == images
+    assert capsys.readouterr().err == (
+        "left out 2 files that are not images, the first is album/deep/raw\n"
+    )
+    assert [str(f) for f in find_photos(["alb*"])] == images  # as a shell would write it out
+    for pattern in ("**/*.jpg", "album/**/0.jpg"):
+        found = [str(f) for f in find_photos([pattern])]
+        assert found == (images if pattern[0] == "*" else images[:1])
+
+
+# ------------------------------------------------------------------------------ unreadable images
+
+
+def test_unreadable_images_are_named_all_at_once(tmp_path, random_clip):
+    split = load_split(str(make(tmp_path, "cat", "dog")), "")
+    broken = [split.train[0], split.val[1], split.test[0], split.test[3]]
+    for item in broken:
+        (tmp_path / item.path).write_bytes(b"half a photo")
+    live = features.LiveImages(random_clip, split)
+    for start in (
+        lambda: image_features(random_clip, "x", split, split.test),
+        lambda: list(live.batches([torch.tensor([0])], None, 1)),
+    ):
+        with pytest.raises(BadInput) as error:
+            start()
+        lines = str(error.value).splitlines()
+        assert len(lines) == 4
+        for line, item in zip(lines, broken):
+            assert line.startswith(f"cannot read the image {tmp_path / item.path}: ")
+
+
+# -------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "one, other, alike",
+    [
+        ("red  fox", "Red fox", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("R&amp;B", "R&B", True),
+        ("Masse", "Maße", False),
+        ("red fox", "redfox", False),
+    ],
+)
+def test_names_are_alike_if_clips_tokenizer_reads_them_alike(tmp_path, one, other, alike):
+    assert first_alike(["dog", one, other]) == ((1, 2) if alike else None)
+    folder = make(tmp_path / "photos", "dog", one, other)
+    if alike:
+        first, second = sorted([one, other])
+        with pytest.raises(BadInput, match=f"for the classes {first} and {second}$"):
+            load_split(str(folder), "")
+    else:
+        assert len(load_split(str(folder), "").class_names) == 3
+
+
+def test_a_file_gives_class_folders_their_names(tmp_path, capsys):
+    folder = make(tmp_path / "photos", "n02085620", "n02085782")
+    file = folder / "classnames.txt"
+    file.write_text("n02085782 Japanese_spaniel\n\nn02085620\tChihuahua\nn1 not here\n")
+    assert load_split(str(folder), "").class_names == ["Chihuahua", "Japanese spaniel"]
+    assert capsys.readouterr().out == ""
+    for text, said in (
+        ("n02085620 Chihuahua", "classnames.txt has no name for the folder n02085782"),
+        ("Chihuahua\nspaniel", "the line 'Chihuahua' needs a folder and its class name"),
+        ("n02085620 Pug\nn02085782 pug", "for the classes n02085620 and n02085782"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BadInput, match=said):
+            load_split(str(folder), "")
+
+
+def test_names_from_python_are_a_list_a_text_or_a_file(run_train, tmp_path):
+    run_train("--method zeroshot --shots 1")
+    run = eval.load_run(tmp_path / "run")
+    image, names = Image.new("RGB", (32, 32)), ["red ring", "blue star"]
+    (tmp_path / "names.txt").write_text("red ring\nblue star\n")
+    _, expected, _ = run.classify([image], names)
+    for given in ("red ring,blue star", str(tmp_path / "names.txt")):
+        found, probabilities, _ = run.classify([image], given)
+        assert found == names and probabilities.equal(expected)
+    for wrong in ("red ring", ["red ring"], ["red ring", "Red  ring"]):
+        with pytest.raises(BadInput):
+            run.classify([image], wrong)
+
+
+def test_templates_are_read_as_a_language_model_lists_them(tmp_path):
+    file = tmp_path / "groups.txt"
+    file.write_text(
+        "## Size\n"
+        "1. a photo of a large {}.\n"
+        '2) "a photo of a big {}.",\n'
+        "**Quality**\n"
+        "- a blurry photo of a {}.\n"
+        "* `a bad photo of a {}.`\n"
+        "---\n"
+        "• **a 3D drawing of a {}.**\n"
+        "“{} texture”.\n"
+        '"{}" on a sign.\n',
+        encoding="utf-8",
+    )
+    assert read_groups(file) == [
+        ["a photo of a large {}.", "a photo of a big {}."],
+        ["a blurry photo of a {}.", "a bad photo of a {}."],
+        ["a 3D drawing of a {}.", "{} texture", '"{}" on a sign.'],
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["Here are 20 templates:", "a {} and a {}.", "**Size**: a large {}.", "| a {}. |", "["]
+)
+def test_a_line_that_is_not_a_template_is_named(tmp_path, line):
+    file = tmp_path / "groups.txt"
+    file.write_text(f"a photo of a {{}}.\n\n{line}\n")
+    with pytest.raises(BadInput, match="groups.txt, line 3: .* needs one {}"):
+        read_groups(file)
+
+
+# ----------------------------------------------------------------------- a dataset is where it lies
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two folders of one name."""
+    return [make(tmp_path / "a/images", "cat", "dog"), make(tmp_path / "b/images", "cat", "fox")]
+
+
+@pytest.fixture
+def train_on(run_train, random_clip_file):
+    def run(folder, out, *more):
+        flags = f"--method ensemble --shots 1 --clip {random_clip_file} --dataset"
+        return run_train(flags, folder, "--out", out, *more)
+
+    return run
+
+
+def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(two, train_on, tmp_path):
+    for i, folder in enumerate(two):
+        assert train_on(folder, tmp_path / f"out/{i}")["dataset"] == "images"
+        train_on(make(tmp_path / f"other{i}", "cow", "hen"), tmp_path / f"out/other{i}")
+        eval.evaluate(tmp_path / f"out/other{i}", str(folder))
+    table = report.runs_table(find_runs(tmp_path / "out")).splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    others = [str(tmp_path / f"other{i}") for i in range(2)]
+    folders = list(map(str, two))
+    assert [row[0] for row in rows] == sorted(2 * [*folders, *others])  # zero-shot and ensemble
+    assert head[-2:] == folders
+    assert [[bool(cell) for cell in row[-2:]] for row in rows[4:]] == 2 * [[1, 0]] + 2 * [[0, 1]]
+
+
+def test_a_run_keeps_one_evaluation_of_a_name(two, train_on, tmp_path):
+    train_on(make(tmp_path / "other", "cow", "hen"), tmp_path / "run")
+    first = eval.evaluate(tmp_path / "run", str(two[0]))
+    assert first == eval.evaluate(tmp_path / "run", str(two[0]))
+    with pytest.raises(BadInput, match=f"holds numbers of another images: rename {two[1]}"):
+        eval.evaluate(tmp_path / "run", str(two[1]))
+    assert json.loads((tmp_path / "run/eval_images_all.json").read_text()) == first
+
+
+def test_a_clash_in_out_is_refused(two, random_clip_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = f"--method zeroshot --shots 1 --clip {random_clip_file} --dataset".split()
+    train.run(*train.configure([*words, "a/images"]))
+    with pytest.raises(BadInput, match=f"dataset {two[0]} instead of {two[1]}: .* another --out"):
+        train.run(*train.configure([*words, "b/images"]))
+    train.run(*train.configure([*words, "b/images", "--out", "out/b"]))
+
+
+def test_a_folder_that_has_moved_is_still_the_runs_own(two, train_on, tmp_path):
+    (tmp_path / "groups.txt").write_text("a painting of a {}.\n\nmany {}.\n")
+    run = tmp_path / "out/run"
+    result = train_on(two[0], run, "--groups", tmp_path / "groups.txt")
+    with pytest.raises(BadInput, match=f"holds numbers of another images: rename {two[1]}"):
+        eval.evaluate(run, str(two[1]))  # which has other classes
+    (tmp_path / "there").mkdir()
+    moved = two[0].rename(tmp_path / "there/images")
+    again = eval.evaluate(run, str(moved))
+    for key in ("accuracy", "ensemble_accuracy", "per_class_accuracy", "prompt_usage"):
+        assert again[key] == result[key]  # with the run's own templates
+    assert len(find_runs(tmp_path / "out")[0][1]) == 1
+    assert str(moved) not in report.runs_table(find_runs(tmp_path / "out"))
+
+
+def test_a_folder_with_the_name_of_a_known_dataset_is_not_that_dataset(
+    small, run_train, eurosat, tmp_path
+):
+    run_train(f"{small} --method zeroshot --shots 1")
+    split = load_split("eurosat", eurosat)
+    make(tmp_path / "eurosat", *split.class_names, n=3)
+    with pytest.raises(BadInput, match="holds numbers of another eurosat: rename"):
+        eval.evaluate(tmp_path / "run", str(tmp_path / "eurosat"))
+
+
+def test_a_relative_data_folder_is_the_one_where_training_stood(
+    run_train, own_eurosat, random_clip_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(own_eurosat.parent)
+    flags = f"--dataset eurosat --method zeroshot --shots 1 --clip {random_clip_file} --data"
+    result = run_train(flags, own_eurosat.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
+
+
+def test_the_cache_tells_folders_of_one_name_apart_and_finds_one_that_has_moved(
+    tmp_path, random_clip, monkeypatch, capsys
+):
+    """Scans with a white margin: equal in path, size and beginning."""
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    found = []
+    for root, colour in (("a", "red"), ("b", "blue")):
+        folder = tmp_path / root / "images"
+        folder.mkdir(parents=True)
+        scan = Image.new("RGB", (300, 300), colour)
+        scan.paste("white", (0, 0, 300, 100))  # 90,000 bytes
+        scan.save(folder / "0.ppm")
+        items = [Item("0.ppm", 0)]
+        split = Split(str(folder), folder, "seeded", ["scan"], [], [], items)
+        found.append(image_features(random_clip, "x", split, items))
+        assert " 1 to encode" in capsys.readouterr().out
+    assert not torch.allclose(*found, atol=1e-3)
+    folder = folder.rename(tmp_path / "images")
+    moved = Split(str(folder), folder, "seeded", ["scan"], [], [], items)
+    assert image_features(random_clip, "x", moved, items).equal(found[1])
+    assert " 0 to encode" in capsys.readouterr().out
