@@ -35,6 +35,7 @@ from lib.runs import (
     Parser,
     exit_on_bad_input,
     find_runs,
+    out_of_memory,
     read_lines,
     read_result,
     read_torch_file,
@@ -87,7 +88,7 @@ class Run(NamedTuple):
             known["text_features"] = model.text_features(names)
 
         def answer(features):
-            logits, weights = model.logits(features, names, **known)
+            logits, weights = report.predict(model, features, names, **known)
             return logits.softmax(dim=-1).cpu(), weights.cpu()
 
         return answer
@@ -146,6 +147,8 @@ def load_run(folder, clip=None, device=None):
         if config["method"] not in BASELINES:
             attach(clip_model, model.image_side)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()
     return Run(config, groups, class_names, model, clip_model, fingerprint)
@@ -197,17 +200,19 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
     result["target"] = config["dataset"] if its_own else dataset  # a folder by its full path
     save_json(result, file)
-    draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
-    if model.templates:
-        report.router_picture(result, folder / f"eval_{name}.png")
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
     )
-    print(f"saved in {folder}: eval_{name}.json and pictures")
+    print(f"saved in {folder}: eval_{name}.json")
+    draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
+    if model.templates:
+        report.router_picture(result, folder / f"eval_{name}.png")
     return result
 
 
+@report.for_show("the sheet of samples")
+@report.matplotlib_defaults()
 def draw_samples(split, predictions, weights, templates, path):
     """A sheet of 16 test images, each with its answer and its prompts and weights.
 
@@ -358,7 +363,7 @@ def print_pictures(folder):
 
 
 def run_command_line():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
     add("--dataset", help="another dataset's test images and class names")

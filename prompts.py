@@ -164,7 +164,8 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
     """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template has it or not.
-    Raises PromptError for a template without {}, a sentence too long, a word without an embedding.
+    Raises PromptError for a template without {}, a sentence too long, a word without an embedding,
+    and for features that are not finite.
     """
     known = known_tokens(clip_model)
 
@@ -176,7 +177,10 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
         return ids
 
     sentences = [[read(template, name) for name in class_names] for template in templates]
-    return F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
+    features = F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
+    if not (features.norm(dim=-1) > 0.5).all():  # 1, unless there is nothing to normalise
+        raise PromptError("CLIP's text features are not finite numbers: are its weights damaged?")
+    return features
 
 
 def hard_prototypes(features, groups):

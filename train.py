@@ -48,7 +48,7 @@ from router import GATE_TARGETS, ROUTERS, mixed_logits
 # fmt: off
 def make_parser(**options):
     """The command line. Defaults are MoCoOp's published values; `preset` has the other methods'."""
-    parser = Parser(description=__doc__.split("\n")[0], **options)
+    parser = Parser(__doc__, **options)
     positive, weight, switch = at_least(int, 1), at_least(float, 0), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("task").add_argument
@@ -172,7 +172,7 @@ def learns_images(config):
 # Settings without effect beside others, an error if given: (setting, when, why).
 NO_EFFECT = (
     *((name, lambda c: c["method"] in BASELINES, "without prompts") for name in PUBLISHED),
-    ("groups", lambda c: c["groups"] == "auto" and c["one_group"] is not False, "on one group"),
+    ("groups", lambda c: c["groups"] == "auto" and c["one_group"] is not False, "without groups"),
     ("n_groups", lambda c: c["groups"] != "auto", "without --groups auto"),
     ("top_k", lambda c: c["router"] == "uniform", "with --router uniform"),
     ("gate_weight", lambda c: not ROUTERS[c["router"]].guided, "without --router trained"),
@@ -414,6 +414,7 @@ def learning_rate(epoch, epochs, lr, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
+@runs.doing("training", "try a smaller --chunk or --batch-size")
 def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, state=None):
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
@@ -532,6 +533,7 @@ def run_in(folder, config, resume, device):
     clip_model, fingerprint = load_clip(config["clip"], device)
     text_encoder = text_encoder_of(config)
     read = partial(template_features, clip_model, text_encoder=text_encoder)
+    read = runs.doing("reading templates", "try a smaller --chunk")(read)
 
     # Training may see the names of all classes, also of those that have no images here: the text
     # loss runs over all. Without it, names without images would change nothing.
@@ -615,6 +617,8 @@ def run_in(folder, config, resume, device):
     runs.publish(folder, checkpoint, result)
     if model.templates:
         report.router_picture(result, folder / "router.png")
+    files = [folder / name for name in ("checkpoint.pt", "result.json", "router.png")]
+    print(f"saved in {folder}: {', '.join(file.name for file in files if file.is_file())}")
     return result
 
 

@@ -6,6 +6,7 @@ fp32 weights to fp16 on the way; here they stay what they were.
 
 import contextlib
 import hashlib
+import math
 import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -66,6 +67,9 @@ def load_clip(name, device):
     except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
+    scale = clip_model.logit_scale.exp().item()
+    if not 0 < scale < math.inf:
+        raise BadInput(f"{path}: the scale of its logits is {scale:g}: are its weights damaged?")
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())

@@ -115,7 +115,7 @@ def encode_batches(clip_model, table, batches, n_sentences):
     batch get zeros.
     """
     features = table.new_zeros(n_sentences, clip_model.text_projection.shape[1])
-    encode, learns = encode_piece, table.requires_grad and torch.is_grad_enabled()
+    encode, learns = encode_piece, table.requires_grad
     dtype = parallel.mixed_dtype(table.device) if learns else torch.float32
     if len(batches) > 1 and learns:
         encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)

@@ -38,7 +38,7 @@ from lib import parallel, world
 from lib.clip_model import MEAN, STD
 from lib.fast_clip import encode_images
 from lib.photos import open_photo, say_what_was_not_turned, upright_rgb
-from lib.runs import BadInput, replacing
+from lib.runs import BadInput, doing, out_of_memory, replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
@@ -202,7 +202,9 @@ def _load_rows(folder, keys, width):
                     rows.update((k, r) for k, r in zip(shard_keys, found) if k in keys)
         except OSError as error:
             print(f"a cache file is left out: {error}")
-        except Exception:  # damaged bytes may raise anything, and are only a cache
+        except Exception as error:  # damaged bytes may raise anything, and are only a cache
+            if out_of_memory(error):
+                raise
             print(f"the cache file {shard} is damaged: encoding its images again")
             with contextlib.suppress(OSError):
                 shard.unlink()
@@ -216,7 +218,7 @@ def _save_rows(folder, rows):
         shard = folder / f"{_hashed(repr(list(rows))).hex()}.npz"
         with replacing(shard) as scratch, open(scratch, "wb") as file:
             np.savez(file, keys=keys, rows=np.stack(list(rows.values())))
-    except OSError as error:
+    except (BadInput, OSError) as error:
         print(f"features are not cached: {error}")
 
 
@@ -276,6 +278,7 @@ def image_features(
     return features if n_views is None else features.view(len(items), n_views, width)
 
 
+@doing("encoding images", "try another --device")
 @torch.no_grad()
 def _encode(clip_model, split, wanted, bar):
     """Features of images, one array (D + 1,) each: the unit vector, and the norm that it had.
@@ -294,14 +297,14 @@ def _encode(clip_model, split, wanted, bar):
         padded = images.new_zeros(n, *images.shape[1:])
         padded[: len(images)] = images
         features = encode_images(clip_model, padded, dtype)[: len(images)]
-        finite = features.isfinite().all(dim=1)
-        if not finite.all():
-            path, _ = batch[finite.int().argmin()]
+        norm = features.norm(dim=-1, keepdim=True)
+        good = (norm > 0) & (norm < torch.inf)  # of a number that is none, neither
+        if not good.all():
+            path, _ = batch[good.int().argmin()]
             raise BadInput(
                 f"CLIP's features of {(split.folder or split.name)}/{path} are not finite numbers:"
                 " are these weights damaged?"
             )
-        norm = features.norm(dim=-1, keepdim=True)
         rows.extend(torch.cat([F.normalize(features, dim=-1), norm], dim=1).cpu().numpy())
         bar.update(len(images) * parallel.world())  # the others have done as much
     return rows

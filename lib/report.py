@@ -1,6 +1,8 @@
 """Numbers, tables and pictures: of a model's predictions, and of runs by their `result.json`."""
 
+import contextlib
 import json
+import sys
 import warnings
 from collections import Counter, defaultdict
 from itertools import cycle
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.catalogue import row_of
-from lib.runs import replacing, run_label
+from lib.runs import BadInput, doing, replacing, run_label
 
 BASELINES = "zeroshot", "ensemble"  # every run brings their accuracies along
 MOST_ROWS = 40  # of a heat map
@@ -97,10 +99,23 @@ def announce(config, split, model):
         print(f"{split.name} has no templates: SUN397's four groups are used (see --groups)")
 
 
+@doing("classifying images", "try another --device")
+def predict(model, features, class_names, **options):
+    """A model's class logits (N, C) and prompt weights (N, G) of images (N, D). options: of its
+    `logits`.
+
+    Raises BadInput for logits that are not finite: the largest of them would be no answer.
+    """
+    logits, weights = model.logits(features, class_names, **options)
+    if not logits.isfinite().all():
+        raise BadInput("the logits are not finite numbers: are the weights damaged?")
+    return logits, weights
+
+
 def evaluate_model(model, config, changed, split, classes, features):
     """A model on the test images of a split: (what `result.json` says of it, predicted labels (N,),
     prompt weights (N, G)). changed: settings that differ from their defaults. features: (N, D)."""
-    logits, weights = model.logits(features, split.class_names)
+    logits, weights = predict(model, features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
     labels = split.labels(split.test)
     result = {
@@ -129,7 +144,7 @@ def accuracy_on(model, split, items, features):
     """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
     if not items:
         return None
-    logits, _ = model.logits(features, split.class_names)
+    logits, _ = predict(model, features, split.class_names)
     return accuracy(logits.argmax(dim=-1), split.labels(items))
 
 
@@ -222,13 +237,36 @@ def markdown(lines):
 # ------------------------------------------------------------------------------------ pictures
 
 
+@contextlib.contextmanager
+def matplotlib_defaults():
+    """matplotlib's own settings, whatever a `matplotlibrc` says. Raises BadInput for all that goes
+    wrong in the block."""
+    try:
+        import matplotlib  # here: training does not wait for it
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a dollar
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"cannot draw: {reason}") from error
+
+
+@contextlib.contextmanager
+def for_show(what):
+    """In this block, or in a function decorated with it, bad input is a line and no more."""
+    try:
+        yield
+    except BadInput as error:
+        print(f"{what} is missing: {error}", file=sys.stderr)
+
+
 def new_figure(width, height, down=1, across=1, sharey=False):
     """A figure in inches, and its axes (down, across). It is drawn without pyplot, so that it needs
     neither a display nor a choice of backend."""
-    import matplotlib  # here: training does not wait for it
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a dollar
     warnings.filterwarnings("ignore", "Glyph")  # nor has the font every script
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(down, across, sharey=sharey, squeeze=False)
@@ -239,6 +277,8 @@ def save_figure(figure, path, dpi=120):
         figure.savefig(scratch, dpi=dpi, format="png")
 
 
+@for_show("the router's picture")
+@matplotlib_defaults()
 def router_picture(result, path):
     """The router's table of a `result.json` as a heat map."""
     save_figure(router_figure([result], f"{result['dataset']}, {result['classes']} classes"), path)
@@ -280,6 +320,7 @@ def samples_picture(images, titles, path):
     save_figure(figure, path, dpi=110)
 
 
+@matplotlib_defaults()
 def draw_pictures(runs, folder):
     """Draws `few_shot.png`, `router.png`, `usage.png` and `ablation.png` into the folder, as far as
     there are runs for them. Names start with the dataset's if there are several; those of router

@@ -8,8 +8,11 @@ renamed when it is whole, so that nobody ever meets half of one.
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import sys
@@ -34,11 +37,15 @@ def exit_on_bad_input(main, *kinds):
     kinds: exceptions that mean bad input, beside BadInput and those of the operating system (no
     permission, a full disk, a name too long).
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # file names may hold what a terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, and progress bars do write there
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal cannot show all file names
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib stumbles if it is not installed
     try:
-        main()
+        with doing("computing", "try another --device"):
+            main()
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -48,6 +55,24 @@ def exit_on_bad_input(main, *kinds):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def doing(what, way_out):
+    """Memory that runs out in this block, or in a function decorated with it, is bad input."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(f"out of memory while {what}: {way_out}") from error
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory has run out, a GPU's or the computer's: torch has a
+    kind for one case, and words for the others."""
+    words = "out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def nearest(word, words):
@@ -66,8 +91,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are bad input like any other."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, **options)
+    def __init__(self, description, **options):
+        """description: a docstring, whose first line is shown; None where Python drops them."""
+        first_line = (description or "").split("\n")[0]
+        super().__init__(description=first_line, formatter_class=HelpFormatter, **options)
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the settings)")
@@ -108,16 +135,27 @@ def writable_folder(folder, way_out=""):
                 path.rmdir()
 
 
+DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, way_out=""):
     """A temporary path beside `path` to write to, renamed to it when the block ends well. Readers
-    find the old file or the new one. If the block raises, nothing is left behind."""
+    find the old file or the new one. If the block raises, nothing is left behind.
+
+    Raises BadInput for a full disk. way_out: other than making room there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         scratch.replace(path)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        message = f"cannot write {path}: {error.strerror}: make room there{way_out}"
+        raise BadInput(message) from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
@@ -131,9 +169,21 @@ def remove_old_scratch(folder, age=24 * 3600):
                 file.unlink()
 
 
+ANOTHER_OUT = " and continue with --resume, or choose another --out"
+
+
 def save_torch(content, path):
-    with replacing(path) as scratch:
-        torch.save(content, scratch)
+    """Saves a state in a run's folder."""
+    with replacing(path, ANOTHER_OUT) as scratch:
+        scratch.write_bytes(torch_bytes(content))
+
+
+def torch_bytes(content):
+    """What `torch.save` writes. By itself it writes with a library of its own, which does not say
+    what failed."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def save_json(content, path):
@@ -144,10 +194,14 @@ def save_json(content, path):
 def read_torch_file(path, what):
     """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
     content = None
-    # A file that cannot be opened raises its own OSError; on damaged bytes anything may be raised.
-    with open(path, "rb") as file, contextlib.suppress(Exception), ZipFile(file) as archive:
-        if archive.testzip() is None:  # torch does not look at the checksums
-            content = torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # one that cannot be opened raises its own OSError
+        try:
+            with ZipFile(file) as archive:
+                if archive.testzip() is None:  # torch does not look at the checksums
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes may raise anything
+            if out_of_memory(error):
+                raise
     if not isinstance(content, dict):
         raise BadInput(f"{path} is not a {what}, or damaged")
     return content
@@ -278,28 +332,26 @@ def check_made_of(folder, state, parts):
 
 
 def publish(folder, checkpoint, result):
-    """Puts the files of a finished run in `folder`, in place of an earlier run's, and says so.
+    """Puts the files of a finished run in `folder`, in place of an earlier run's, and says what
+    came out.
 
     Nothing of an earlier run goes before everything of this one is on disk. `resume.pt` goes last:
     a run killed in between can still be resumed.
     """
-    with (
-        replacing(folder / "checkpoint.pt") as new_checkpoint,
-        replacing(folder / "result.json") as new_result,  # renamed before the other
-    ):
-        torch.save(checkpoint, new_checkpoint)
-        new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for name in ("checkpoint.pt", "router.png", "eval_*", "samples_*.png", "why.json"):
-            for stale in folder.glob(name):
-                stale.unlink(missing_ok=True)  # of the run that stood here before
+    with replacing(folder / "checkpoint.pt", ANOTHER_OUT) as new_checkpoint:
+        new_checkpoint.write_bytes(torch_bytes(checkpoint))
+        with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before it
+            new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            for name in ("checkpoint.pt", "router.png", "eval_*", "samples_*.png", "why.json"):
+                for stale in folder.glob(name):  # of the run that stood here before
+                    if not stale.is_dir():
+                        stale.unlink(missing_ok=True)
     (folder / "resume.pt").unlink(missing_ok=True)
     remove_old_scratch(folder)
     print(
         f"after training:  {result['method']} {result['accuracy']:.2f} % on"
         f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
     )
-    files = ["checkpoint.pt", "result.json"] + ["router.png"] * bool(result["n_prompts"])
-    print(f"saved in {folder}: {', '.join(files)}")
 
 
 def read_result(path):
@@ -310,8 +362,8 @@ def read_result(path):
         names = [result[key] for key in ("dataset", "classes", "n_prompts", "n_train", "method")]
         settings = [result["config"][k] for k in ("dataset", "classes", "shots", "seed", "clip")]
         parts = isinstance(result["router"], dict) and isinstance(result["prompt_usage"], dict)
-        complete = None not in (*numbers, *names, *settings) and parts
-    except (ValueError, KeyError, TypeError, RecursionError):
+        complete = None not in (*names, *settings) and parts and all(map(math.isfinite, numbers))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         complete = False
     if not complete:
         raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
@@ -321,13 +373,22 @@ def read_result(path):
 
 
 def find_runs(folder):
-    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries."""
+    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries. Files of
+    these names that are something else are left out, and named on standard error."""
+
+    def read(files):
+        for file in sorted(files):
+            try:
+                yield read_result(file)
+            except BadInput as error:
+                print(f"left out: {error}", file=sys.stderr)
+
     if not Path(folder).is_dir():
         raise BadInput(f"there is no folder {folder}")
     runs = []
     for file in sorted(Path(folder).rglob("result.json")):
-        evaluations = [read_result(f) for f in sorted(file.parent.glob("eval_*.json"))]
-        runs.append((read_result(file), evaluations))
+        for result in read([file]):
+            runs.append((result, list(read(file.parent.glob("eval_*.json")))))
     if not runs:
         raise BadInput(f"no finished run below {folder}")
     return runs

@@ -154,7 +154,7 @@ def test_a_run_whose_files_have_moved_is_told_where_they_are(
     again = json.loads((run / "eval_eurosat_all.json").read_text())
     assert again["accuracy"] == result["accuracy"]
     status, _, errors = run_eval(run, "--clip", moved)
-    assert status == 2 and "cannot download" in errors[0]
+    assert status == 2 and "name another --data" in errors[0]
 
 
 def test_a_run_finds_its_files_from_any_folder(

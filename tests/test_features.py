@@ -142,7 +142,7 @@ def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
 
     monkeypatch.setattr(features, "load_image", load)
     batches = [[(i, None) for i in range(n, n + 4)] for n in (0, 4, 8)]
-    stream = features._one_ahead(None, batches, 32)
+    stream = features._images_ahead(None, batches, 32)
     assert next(stream) == [0, 1, 2, 3]
     while len(loaded) < 8:
         time.sleep(0.001)

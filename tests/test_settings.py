@@ -98,8 +98,8 @@ def test_a_switch_is_on_or_off_from_python(value):
 # ------------------------------------------------------------------------------------- refused
 
 NO_EFFECT = [  # also where the value that is given is the default
-    ("groups", "--groups auto --one-group", "on one group"),
-    ("groups", "--groups auto --method lasp", "on one group"),
+    ("groups", "--groups auto --one-group", "without groups"),
+    ("groups", "--groups auto --method lasp", "without groups"),
     ("n_groups", "--n-groups 0", "without --groups auto"),
     ("top_k", "--router uniform --top-k 2", "with --router uniform"),
     ("gate_weight", "--router frozen --gate-weight 1", "without --router trained"),
