@@ -27,8 +27,9 @@ def text_loss(text_features, prototypes, scale=1.0):
     Soft prompt g with class c should be more like prototype [g, c] than like the prototypes of
     other classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups
     and classes. `scale` is 1 as in the published code: the softmax never saturates, so every class
-    always gets a gradient, and t = p is not yet the minimum, as pushing classes further apart
-    lowers the loss. LASP, where the idea comes from, uses CLIP's 100.
+    always gets a gradient, and t = p is not yet the minimum: two classes at right angles have a
+    loss of ln(1 + 1/e) = 0.313, and pushing them further apart lowers it. LASP, where the idea
+    comes from, uses CLIP's 100.
 
     When training sees images of base classes only, C is still *all* class names: names cost no
     images, and this is meant to keep the new classes in place. text_features and prototypes
@@ -39,7 +40,7 @@ def text_loss(text_features, prototypes, scale=1.0):
     return F.cross_entropy(logits.flatten(0, -2), diagonal.expand(logits.shape[:-1]).flatten())
 
 
-# What `--text-target` chooses from: each is called with text features (G, C, D), `train.HardText`
+# What `--text-target` chooses from: each is called with text features (G, C, D), `prompts.HardText`
 # and the scale. "templates" is LASP's: each soft prompt against every template of its group.
 TEXT_LOSSES = {
     "prototypes": lambda text_features, hard, scale: text_loss(

@@ -24,6 +24,7 @@ sentence, V context vectors, W width of the text encoder, D width of the joint e
 
 import functools
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -64,7 +65,7 @@ def first_alike(names):
 
 
 def words_of(ids):
-    """The words, or pieces of words, that tokens stand for."""
+    """The words, or pieces of words, that tokens stand for; `decoder` is clip's own table."""
     return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
 
 
@@ -125,8 +126,8 @@ class TextEncoder:
         # all the same, and EOT is the one token that every CLIP has an embedding of.
         padded = [[*ids, *[EOT] * (length - len(ids))] for ids in flat]
         ids = torch.tensor(padded, device=device)  # (N, L)
-        self.learned = torch.nonzero(ids >= VOCABULARY, as_tuple=True)  # where a vector goes, ...
-        self.vector = ids[self.learned] - VOCABULARY  # ... and which one
+        self.where = torch.nonzero(ids >= VOCABULARY, as_tuple=True)  # the places of vectors
+        self.which = ids[self.where] - VOCABULARY  # the vector of each
         self.tokens = ids.masked_fill(ids >= VOCABULARY, EOT)
         self.end = torch.tensor([len(ids) - 1 for ids in flat], device=device)  # (N,)
 
@@ -139,13 +140,15 @@ class TextEncoder:
             return torch.stack([self(one_set) for one_set in vectors])
         clip_model, length = self.clip_model, self.tokens.shape[1]
 
-        # Prompt learning, in two lines: words are looked up, and some exchanged for vectors.
+        # Prompt learning, in two lines: words are looked up, and some exchanged for vectors. The
+        # assignment is what gradients go through on their way back to the vectors.
         x = clip_model.token_embedding(self.tokens).float()  # (N, L, W)
         if vectors is not None:
-            x[self.learned] = vectors[self.vector]
+            x[self.where] = vectors[self.which]
 
         # From here on it is CLIP: positions, transformer, and the feature at EOT.
-        x = (x + clip_model.positional_embedding[:length]).transpose(0, 1)  # (L, N, W)
+        x = x + clip_model.positional_embedding[:length]
+        x = x.transpose(0, 1)  # (L, N, W), as clip's attention takes it
         causal = torch.full((length, length), -torch.inf, device=x.device).triu(1)
         for block in clip_model.transformer.resblocks:
             y = block.ln_1(x)
@@ -170,7 +173,8 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
     known = known_tokens(clip_model)
 
     def read(template, name):
-        sentence = check_template(template).strip().rstrip(".").replace("{}", name) + "."
+        words = check_template(template).strip().rstrip(".")
+        sentence = words.replace("{}", name) + "."
         ids = [SOS, *token_ids(sentence), EOT]
         check_length(clip_model, ids, sentence)
         check_words(known, ids, sentence)
@@ -191,6 +195,21 @@ def hard_prototypes(features, groups):
     """
     split = features.split([len(group) for group in groups])
     return F.normalize(torch.stack([f.mean(dim=0) for f in split]), dim=-1)
+
+
+class HardText(NamedTuple):
+    """What CLIP makes of the templates as they stand, with the classes that the prompts know."""
+
+    features: torch.Tensor  # (T, C, D), of every template
+    prototypes: torch.Tensor  # (G, C, D), of every group
+    prompt_of: torch.Tensor  # (T,), the group of each template
+
+
+def hard_text(features, groups):
+    """features: (T, C, D) from `template_features` of all templates of `groups`, in order."""
+    prompt_of = [g for g, group in enumerate(groups) for _ in group]
+    prompt_of = torch.tensor(prompt_of, device=features.device)
+    return HardText(features, hard_prototypes(features, groups), prompt_of)
 
 
 # -------------------------------------------------------------------------------- soft prompts
@@ -232,7 +251,7 @@ class SoftPrompts(nn.Module):
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
         for template in self.templates:
             if init == "random":
-                before = 0.02 * torch.randn(16, embeddings.shape[1])
+                before = 0.02 * torch.randn(16, embeddings.shape[1])  # CoOp's numbers
                 after = before[:0]
             else:
                 start = template if init == "template" else init
@@ -243,7 +262,7 @@ class SoftPrompts(nn.Module):
             # (tokens, W) each; there are often none behind the name.
             self.context_before.append(nn.Parameter(before.detach().clone()))
             self.context_after.append(nn.Parameter(after.detach().clone()))
-        self.class_names, self.read_names = list(class_names), None
+        self.class_names, self.cached_names = list(class_names), None
         self.encoder_of(self.class_names)  # what cannot be read is refused now
 
     def encoder_of(self, class_names):
@@ -252,7 +271,7 @@ class SoftPrompts(nn.Module):
 
         Raises PromptError for a name that makes a prompt too long or has no embedding.
         """
-        if class_names == self.read_names:
+        if class_names == self.cached_names:
             return self.encoder
         (clip_model,) = self.frozen
         known = known_tokens(clip_model)
@@ -263,7 +282,8 @@ class SoftPrompts(nn.Module):
             n_vectors += len(before) + len(after)
             sentences.append([])
             for name in class_names:
-                # A full stop is read with what stands before it: the two of "U.S.." are one token.
+                # A full stop is tokenised together with the name before it: that of "U.S." and
+                # one more make a single token.
                 name_ids = token_ids(name + "." if self.full_stop and not len(after) else name)
                 stop = token_ids(".") if self.full_stop and len(after) else []
                 check_words(known, name_ids, name)
@@ -271,7 +291,7 @@ class SoftPrompts(nn.Module):
                 check_length(clip_model, ids, f"the prompt {template!r} with {name!r}")
                 sentences[-1].append(ids)
         self.encoder = self.text_encoder(clip_model, sentences)
-        self.read_names = list(class_names)
+        self.cached_names = list(class_names)
         return self.encoder
 
     def context(self):

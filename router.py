@@ -51,7 +51,8 @@ class FrozenRouter(Router):
 
 
 class UniformRouter(nn.Module):
-    """For ablations, and for methods with one prompt: the plain average of all prompts."""
+    """For ablations, and for methods with one prompt: the plain average of all prompts, whatever
+    `top_k` says."""
 
     guided = False
 
@@ -82,6 +83,7 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
     its own; weights (B, G); logit_scale the factor itself (CLIP's 100), not its logarithm.
     Returns (B, C).
     """
+    # The dots stand for B: text features without it are shared by all images.
     similarities = torch.einsum("...d,...gcd->...gc", image_features, text_features)  # (B, G, C)
     return logit_scale * torch.einsum("bg,bgc->bc", weights, similarities)
 
@@ -94,8 +96,8 @@ def gate_target(image_features, prototypes, labels, top_k):
 
     s[b, g] = f[b] . p[g, y_b]; the K largest get +10 before the softmax, as in the published
     code. Cosine similarities of one image differ by a few hundredths, so a plain softmax would be
-    all but uniform; 10 puts practically all of the target on the K best and keeps, among them,
-    a target near 1/K each.
+    all but uniform; e^10 = 22,026 puts practically all of the target on the K best and keeps,
+    among them, a target near 1/K each.
 
     image_features (B, D) and prototypes (G, C, D) normalised, labels (B,). Returns (B, G), rows
     summing to 1.
@@ -105,8 +107,8 @@ def gate_target(image_features, prototypes, labels, top_k):
 
 
 def mean_gate_target(image_features, prototypes, labels, top_k):
-    """The same without the label: s[b, g] is the mean similarity to the group's prototypes of all
-    classes that have images, as in the published code until September 2024."""
+    """The same without the label: s[b, g] is the mean similarity to all prototypes of group g that
+    are given, as in the published code until September 2024."""
     return _boosted(image_features @ prototypes.mean(dim=1).T, top_k)
 
 

@@ -13,6 +13,13 @@ is used for what). The same settings give the same numbers: on one CPU, bit for 
     python train.py --router uniform                 # MoCoOp without one of its parts
     torchrun --nproc_per_node 4 train.py ...         # the work of encoding, split
 
+    image        -> image encoder (frozen) -> image_features -> router: gate_logits -> weights
+    soft prompts -> text encoder (frozen)  -> text_features  (G, C, D), their vectors learned
+    hard prompts -> text encoder (frozen)  -> prototypes     (G, C, D), never learned
+    logits = scale * image_features . average of text_features by weights;  image loss: with labels
+    gate loss: gate_logits with the K prototypes of the image's own class closest to the image
+    text loss: text_features with prototypes, for all class names, base and new
+
 From top to bottom: the settings, the methods as rows of settings, the mixture, the loop, a whole
 run. To understand the method, start at `MoCoOp`.
 Letters in shapes: B images of a batch, N images, C classes, G prompts, T templates, D features.
@@ -39,7 +46,7 @@ from lib.fast_text import FastTextEncoder
 from lib.features import SIDES, attach, image_features, learnable_part, training_features
 from lib.runs import BadInput, Parser, at_least, exit_on_bad_input
 from losses import TEXT_LOSSES, gate_loss, image_loss
-from prompts import PromptError, SoftPrompts, TextEncoder, hard_prototypes, template_features
+from prompts import PromptError, SoftPrompts, TextEncoder, hard_text, template_features
 from router import GATE_TARGETS, ROUTERS, mixed_logits
 
 # ---------------------------------------------------------------------------------- the settings
@@ -157,6 +164,7 @@ def preset(method, dataset, shots, batch_size=None):
     if method in BASELINES:
         return dict.fromkeys(PUBLISHED) | own
     row = PUBLISHED | METHODS[method] | own
+    # A rate is for the method's own batch; for another one that is given it changes in proportion.
     row["lr"] *= (batch_size or row["batch_size"]) / row["batch_size"]
     if isinstance(row["epochs"], dict):
         shots = 1 if dataset == "imagenet" else shots
@@ -272,7 +280,7 @@ class MoCoOp(nn.Module):
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
-            templates = [config["init"]]  # a single prompt is named by what it started from
+            templates = [config["init"]]  # a single prompt is called what it started from
         self.prompts = SoftPrompts(
             clip_model,
             templates,
@@ -290,13 +298,15 @@ class MoCoOp(nn.Module):
         self.config = config
 
     def forward(self, image_features, seen=slice(None), text_features=None):
-        """image_features (B, D) -> `Outputs`. seen: the classes that logits are wanted of.
+        """image_features (B, D) -> `Outputs`, as training needs them; `logits` is for answers.
+
+        seen: the classes that logits are wanted of.
         text_features: to use instead of reading the prompts once more."""
         gate_logits, weights = self.router(image_features)
         if text_features is None:
             text_features = self.text_features(image_features=image_features)
-        own = text_features[..., seen, :]
-        logits = mixed_logits(image_features, own, weights, self.logit_scale)
+        seen_features = text_features[..., seen, :]
+        logits = mixed_logits(image_features, seen_features, weights, self.logit_scale)
         return Outputs(gate_logits, weights, text_features, logits)
 
     def text_features(self, class_names=None, image_features=None):
@@ -308,8 +318,8 @@ class MoCoOp(nn.Module):
 
     @torch.no_grad()
     def logits(self, image_features, class_names=None, text_features=None):
-        """Class logits (N, C) and prompt weights (N, G) of images (N, D), for the classes that the
-        prompts know or any others. text_features: theirs, if they have been read already."""
+        """Class logits (N, C) and prompt weights (N, G) of images (N, D) in bounded memory, for the
+        classes the prompts know or any others. text_features: theirs, if they have been read."""
         n_classes = len(class_names or self.prompts.class_names)
         n_at_once = max(1, 2**20 // (len(self.templates) * n_classes))  # bounds (B, G, C)
         shared = text_features
@@ -365,22 +375,7 @@ def make_model(clip_model, groups, class_names, config):
 # ------------------------------------------------------------------------------------ training
 
 
-class HardText(NamedTuple):
-    """What CLIP makes of the templates as they stand, with the classes that the prompts know."""
-
-    features: torch.Tensor  # (T, C, D), of every template
-    prototypes: torch.Tensor  # (G, C, D), of every group
-    prompt_of: torch.Tensor  # (T,), the group of each template
-
-
-def hard_text(features, groups):
-    """features: (T, C, D) from `template_features` of all templates of `groups`, in order."""
-    prompt_of = [g for g, group in enumerate(groups) for _ in group]
-    prompt_of = torch.tensor(prompt_of, device=features.device)
-    return HardText(features, hard_prototypes(features, groups), prompt_of)
-
-
-def compute_losses(model, image_features, labels, outputs, hard, seen):
+def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None)):
     """The losses of a batch: {name: (weight, value)}.
 
     image_features (B, D), labels (B,) counted within the seen classes, outputs: the model's, hard:
@@ -402,7 +397,7 @@ def compute_losses(model, image_features, labels, outputs, hard, seen):
     return losses
 
 
-def learning_rate(epoch, epochs, lr, warm_up):
+def learning_rate(lr, epoch, epochs, warm_up):
     """The rate of an epoch, counted from 0: a constant warm-up, then a cosine.
 
     As in the field's scheduler the cosine starts after the warm-up but is stretched over all
@@ -414,7 +409,6 @@ def learning_rate(epoch, epochs, lr, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
-@runs.doing("training", "try a smaller --chunk or --batch-size")
 def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, state=None):
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
@@ -448,9 +442,9 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     start = time.time() - seconds  # as if it had never been stopped
     model.train()
     for epoch in range(done, config["epochs"]):
-        rate = partial(learning_rate, epoch, config["epochs"], warm_up=config["warm_up"])
+        schedule = epoch, config["epochs"], config["warm_up"]
         for part in optimiser.param_groups:
-            part["lr"] = rate(config["lr"] * part["factor"])
+            part["lr"] = learning_rate(config["lr"] * part["factor"], *schedule)
         order = torch.randperm(n, generator=order_rng)
         views = torch.randint(images.n_views, (n,), generator=order_rng)
         batches = order.split(size)[:n_batches]
@@ -469,7 +463,8 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
             optimiser.step()
             history.append({name: (w, value.detach()) for name, (w, value) in losses.items()})
             used = used + outputs.weights.detach().sum(dim=0)
-        usage.append(print_epoch(epoch, model, rate(config["lr"]), history, used))
+        lr = learning_rate(config["lr"], *schedule)
+        usage.append(print_epoch(epoch, model, lr, history, used))
         save(
             {
                 "epoch": epoch + 1,
@@ -572,7 +567,8 @@ def run_in(folder, config, resume, device):
     seconds, usage = 0.0, []
     labels, val_labels = (split.labels(items).to(device) for items in (split.train, split.val))
     if has_prompts:
-        attach(clip_model, model.image_side)  # not before: baselines are CLIP's as it was
+        # The learnable part goes into the encoder only now: baselines are CLIP's as it was.
+        attach(clip_model, model.image_side)
         live = learns_images(config)
         images = training_features(clip_model, fingerprint, split, config["views"], live)
         if not live:
@@ -582,7 +578,8 @@ def run_in(folder, config, resume, device):
             content = {"config": config, "made_of": made_of, **snapshot}
             runs.save_torch(content, folder / "resume.pt")
 
-        seconds, usage = fit(model, images, labels, hard, seen, save, state)
+        with runs.doing("training", "try a smaller --chunk or --batch-size"):
+            seconds, usage = fit(model, images, labels, hard, seen, save, state)
         if live:  # the encoder is another one now
             test, val = features_of("test", cached=False), features_of("val", cached=False)
     elif config["method"] in PROBES:

@@ -7,6 +7,7 @@ import torch
 from conftest import config_of, unit
 
 import losses
+import prompts
 import router
 import train
 from lib import parallel
@@ -167,7 +168,7 @@ def test_a_loop_of_ones_own_learns_what_fit_learns(random_clip):
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     rng = torch.Generator().manual_seed(1)  # the seed of a run unless another is given
     for epoch in range(2):
-        optimiser.param_groups[0]["lr"] = train.learning_rate(epoch, 2, 0.01, warm_up=5)
+        optimiser.param_groups[0]["lr"] = train.learning_rate(0.01, epoch, 2, warm_up=5)
         order = torch.randperm(32, generator=rng)
         torch.randint(1, (32,), generator=rng)  # `fit` draws a view of each image
         for batch in order.split(8):
@@ -210,7 +211,7 @@ def test_an_epoch_needs_no_number_from_the_device(random_clip, monkeypatch, word
     value, such as `item`, `nonzero` or a mask as an index, fails there."""
     model = make(random_clip, "--epochs", 1, "--batch-size", 4, *words.split())
     groups = [[t for group in GROUPS for t in group]] if len(model.templates) == 1 else GROUPS
-    hard = train.HardText(*(part.to("meta") for part in hard_text(random_clip, groups)))
+    hard = prompts.HardText(*(part.to("meta") for part in hard_text(random_clip, groups)))
     encoder, clip_model = model.prompts.encoder, copy.deepcopy(random_clip).to("meta")
     for part in (encoder, *encoder.batches):
         for name, value in vars(part).items():

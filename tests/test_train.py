@@ -50,14 +50,14 @@ def test_the_same_seed_gives_the_same_numbers_bit_for_bit(
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
-    rates = [train.learning_rate(e, 50, 0.032, 5) for e in range(50)]
+    rates = [train.learning_rate(0.032, e, 50, 5) for e in range(50)]
     assert rates[:5] == [1e-5] * 5
     assert rates[5] == 0.032
     assert math.isclose(rates[30], 0.032 * 0.5)  # half of the cosine's 50 epochs after the start
     expected = 0.032 * 0.5 * (1 + math.cos(math.pi * 44 / 50))
     assert math.isclose(rates[49], expected) and expected > 1e-3
-    assert train.learning_rate(0, 10, 1.0, 5) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
-    assert train.learning_rate(1, 10, 1.0, 5) == 1.0
+    assert train.learning_rate(1.0, 0, 10, 5) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
+    assert train.learning_rate(1.0, 1, 10, 5) == 1.0
 
 
 def test_result_json_has_the_documented_keys(finished_run):
