@@ -12,6 +12,7 @@ The first three write into the run's folder: `eval_<dataset>_<classes>.json`, th
 beside it, and `samples_<...>.png`, test images with the prompts that they were given.
 """
 
+import itertools
 import os
 import random
 import sys
@@ -154,9 +155,12 @@ def load_run(folder, clip=None, device=None):
     return Run(config, groups, class_names, model, clip_model, fingerprint)
 
 
-def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=None):
+def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=None, device=None):
     """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
-    dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`."""
+    dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
+    where to write the answer for every test image."""
+    if csv_file:
+        check_output(csv_file, folder, [])
     folder, run = Path(folder), load_run(folder, clip, device)
     config, groups, class_names, model, clip_model, fingerprint = run
     its_result = read_result(folder / "result.json")
@@ -193,7 +197,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
     model = untrained.get(config["method"], model)  # zeroshot, ensemble: of the target's classes
     changed = its_result["changed_flags"]
-    measured, predictions, weights = report.evaluate_model(
+    measured, logits, weights = report.evaluate_model(
         model, config, changed, split, classes, features
     )
     result = its_result | measured
@@ -205,6 +209,12 @@ def evaluate(folder, dataset=None, classes=None, data=None, clip=None, device=No
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
     )
     print(f"saved in {folder}: eval_{name}.json")
+    if csv_file:
+        truths = [split.class_names[item.label] for item in split.test]
+        answers = map(best_answers, logits.softmax(dim=-1), itertools.repeat(split.class_names))
+        rows = zip([item.path for item in split.test], truths, answers, weights.tolist())
+        write_csv(csv_file, list(rows), model.templates)
+    predictions = logits.argmax(dim=-1)
     draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
     if model.templates:
         report.router_picture(result, folder / f"eval_{name}.png")
@@ -225,6 +235,12 @@ def draw_samples(split, predictions, weights, templates, path):
         verdict = truth if truth == answer else f"{truth},\ntaken for {answer}"
         titles.append(("\n".join([verdict, *used_prompts(weights[i], templates)]), truth == answer))
     report.samples_picture([split.open(split.test[i].path) for i in some], titles, path)
+
+
+def best_answers(probabilities, class_names):
+    """The three best classes of an image with their probabilities. probabilities: (C,)."""
+    best = probabilities.topk(min(3, len(class_names)))
+    return [(class_names[i], p) for i, p in zip(best.indices, best.values.tolist())]
 
 
 def used_prompts(weights, templates):
@@ -328,13 +344,12 @@ def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=
     classify = run.classifier(class_names)
     for photo, pixels in album_pixels(run.clip_model, files):
         probabilities, weights = classify(run.photo_features([pixels]))
-        best = probabilities[0].topk(min(3, len(class_names)))
-        answers = [(class_names[i], x) for i, x in zip(best.indices, best.values.tolist())]
+        answers = best_answers(probabilities[0], class_names)
         prompts = used_prompts(weights[0], run.model.templates)
         said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
         which = f"  [{' | '.join(prompts)}]" if prompts else ""
         print(f"{photo}: {said}{which}", flush=True)
-        rows.append((photo, answers, weights[0].tolist()))
+        rows.append((photo, "", answers, weights[0].tolist()))
     if not rows:
         raise BadInput(f"none of {len(files)} images could be read")
     if csv_file:
@@ -366,23 +381,34 @@ def run_command_line():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
-    add("--dataset", help="another dataset's test images and class names")
-    add("--classes", choices=("all", "base", "new"), help="default: the run's")
-    add("--data", help="the root of all datasets (default: the run's)")
-    add("--clip", help="where the run's CLIP lies, if not where it was")
-    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add("--images", nargs="+", metavar="PATH", help="photos, folders of photos, or patterns")
-    add("--names", help="class names for --images: separated by commas, or a file, one per line")
-    add("--csv", type=Path, metavar="FILE", help="writes what --images prints as a table")
-    add("--words", action="store_true", help="the words nearest to the prompts")
-    add("--table", type=Path, metavar="DIR", help="all runs below DIR, in Markdown")
-    add("--plots", type=Path, metavar="DIR", help="the same as pictures, into DIR")
+    add("--dataset", help="test on another dataset's images and class names")
+    add(
+        "--classes",
+        choices=("all", "base", "new"),
+        help="test on these classes (by default the run's)",
+    )
+    add("--data", help="the folder that holds all datasets (by default the run's)")
+    add("--clip", help="where the run's CLIP lies, if it has moved")
+    add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
+    add("--images", nargs="+", metavar="PATH", help="classify photos, folders of photos, patterns")
+    add(
+        "--names", help="class names for --images, separated by commas, or a file with one per line"
+    )
+    add("--csv", type=Path, metavar="FILE", help="write the answer for every image as a table")
+    add("--words", action="store_true", help="print the words nearest to the learned vectors")
+    add("--export", type=Path, metavar="FILE", help="write an .npz file to classify with in NumPy")
+    add("--table", type=Path, metavar="DIR", help="print all runs below DIR as Markdown")
+    add("--plots", type=Path, metavar="DIR", help="draw all runs below DIR, into DIR")
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    no_effect = {"dataset", "classes", "data", "words"} if args.images else {"names", "csv"}
-    if args.words:
-        no_effect |= {"dataset", "classes", "data", "images"}
+    # What a run is asked for: its answers on test images, unless one of these is given.
+    target, album = {"dataset", "classes", "data"}, {"images", "names"}
+    no_effect = {"names"}
+    if args.images:
+        no_effect = target | {"words", "export"}
+    elif args.words or args.export:
+        no_effect = target | album | {"csv"} | ({"export"} if args.words else set())
     if args.run is None:
         no_effect = vars(args).keys() - {"run", "table", "plots"}
     for name in sorted(no_effect):
@@ -394,11 +420,14 @@ def run_command_line():
         print_pictures(args.plots)
     elif args.words:
         print_words(args.run, args.clip, args.device)
+    elif args.export:
+        export(args.run, args.export, args.clip, args.device)
     elif args.images:
         how = args.names, args.csv, args.clip, args.device
         sys.exit(1 if classify_photos(args.run, args.images, *how) else 0)
     else:
-        evaluate(args.run, args.dataset, args.classes, args.data, args.clip, args.device)
+        what = args.dataset, args.classes, args.data, args.csv
+        evaluate(args.run, *what, args.clip, args.device)
 
 
 def main():

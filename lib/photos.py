@@ -150,17 +150,19 @@ def check_output(file, run_folder, inputs):
 
 
 def write_csv(file, rows, templates):
-    """One line per photo: its path, its best classes with probabilities, every prompt's weight.
+    """One line per image: its path, its class if that is known, its best classes with their
+    probabilities, every prompt's weight.
 
-    rows: (path, [(class name, probability), ...], weights) of each photo.
+    rows: (path, class or "", [(class name, probability), ...], weights) of each image.
     """
-    heads = [f"{what} {i + 1}" for i in range(len(rows[0][1])) for what in ("class", "probability")]
+    heads = [f"{what} {i + 1}" for i in range(len(rows[0][2])) for what in ("class", "probability")]
+    known = ["true class"] if rows[0][1] else []
     with (
         replacing(file) as scratch,
         open(scratch, "w", newline="", encoding="utf-8", errors="surrogateescape") as out,
     ):
         table = csv.writer(out)
-        table.writerow(["image", *heads, *templates])
-        for photo, answers, weights in rows:
+        table.writerow(["image", *known, *heads, *templates])
+        for path, truth, answers, weights in rows:
             cells = [cell for name, x in answers for cell in (name, f"{x:.6f}")]
-            table.writerow([photo, *cells, *(f"{w:.6f}" for w in weights)])
+            table.writerow([path, *[truth] * len(known), *cells, *(f"{w:.6f}" for w in weights)])

@@ -113,7 +113,7 @@ def predict(model, features, class_names, **options):
 
 
 def evaluate_model(model, config, changed, split, classes, features):
-    """A model on the test images of a split: (what `result.json` says of it, predicted labels (N,),
+    """A model on the test images of a split: (what `result.json` says of it, class logits (N, C),
     prompt weights (N, G)). changed: settings that differ from their defaults. features: (N, D)."""
     logits, weights = predict(model, features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
@@ -133,11 +133,13 @@ def evaluate_model(model, config, changed, split, classes, features):
         "n_test": len(split.test),
         "split": split.source,
         "accuracy": accuracy(predictions, labels),
+        "macro_f1": macro_f1(predictions, labels, len(split.class_names)),
         "per_class_accuracy": per_class_accuracy(predictions, labels, split.class_names),
+        "confusion": confusion(predictions, labels, split.class_names),
         "prompt_usage": prompt_usage(weights, model.templates),
         "router": usage_by_kind(weights, *split.kinds),
     }
-    return result, predictions, weights
+    return result, logits.cpu(), weights
 
 
 def accuracy_on(model, split, items, features):

@@ -174,7 +174,8 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
 @pytest.mark.parametrize(
     "flags",
     [
-        *("run --names a,b", "run --csv x.csv", "--table . --images a"),
+        *("run --names a,b", "run --words --csv x.csv", "--table . --images a"),
+            *("run --export x.npz --csv x.csv", "run --export x.npz --words"),
         *(f"run --images a.jpg --{f}" for f in ("words", "classes new", "dataset b", "data b")),
         *(f"run --words --{f}" for f in ("classes new", "dataset b", "data b")),
     ],

@@ -63,7 +63,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
 def test_result_json_has_the_documented_keys(finished_run):
     expected = """dataset classes shots seed method label changed_flags clip n_prompts top_k
         n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy
-        ensemble_accuracy val_accuracy per_class_accuracy prompt_usage prompt_usage_by_epoch
+        ensemble_accuracy val_accuracy macro_f1 per_class_accuracy confusion prompt_usage prompt_usage_by_epoch
         router train_seconds config"""
     assert sorted(result_of(finished_run)) == sorted(expected.split())
 
@@ -282,7 +282,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(
         ("--init photo", "the template 'photo' needs one {}"),
         ("--dataset eurosta", "unknown dataset 'eurosta' (did you mean 'eurosat'?)"),
         ("--dataset shapes_v2", "shapes_v2 has no training images"),
-        ("--dataset eurosat --data nowhere", "put eurosat.zip into nowhere or name another --data"),
+        ("--dataset eurosat --data nowhere", "nowhere or name another --data"),
         ("--clip nothing.pt", "no CLIP file nothing.pt"),
         ("--groups nothing.txt", "cannot read nothing.txt"),
         ("--device tpu9", "no device 'tpu9'"),
