@@ -31,7 +31,7 @@ from lib.download import fetch_dataset
 from lib.photos import files_below, open_photo
 from lib.readers import PARTS, class_folders, image_files, readable
 from lib.runs import BadInput, nearest
-from prompts import first_alike
+from prompts import check_apart
 
 # Where to find what is not downloaded.
 DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
@@ -173,7 +173,8 @@ def load_split(dataset, root):
     dataset: a name of the catalogue, below `root` and downloaded if absent; or the path of a folder
     of one's own.
     Raises BadInput for an unknown dataset, files that are missing and cannot be downloaded, a split
-    file that is not one, a split that names images that are not there, a class without images.
+    file that is not one, a split that names images that are not there, a class without images;
+    PromptError for two class folders that CLIP cannot tell apart.
     """
     if dataset in world.DATASETS:
         return _split(dataset, None, "shapes", world.class_names(dataset), world.lists(dataset))
@@ -260,10 +261,7 @@ def _own_folder(dataset):
     split = _split(dataset, folder, "folder" if parts else "seeded", names, lists)
     _say_what_is_guessed(split)
     _check(split)
-    alike = first_alike(names)
-    if alike:
-        first, second = (classes[i] for i in alike)
-        raise BadInput(f"{folder}: CLIP reads the same name for the classes {first} and {second}")
+    check_apart(names, folders=classes)
     return split
 
 

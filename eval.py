@@ -43,7 +43,7 @@ from lib.runs import (
     replacing,
     save_json,
 )
-from prompts import PromptError, first_alike, known_tokens, template_features, words_of
+from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
     default_config,
@@ -314,17 +314,13 @@ def export(folder, file, clip=None, device=None):
 
 def read_names(names):
     """Class names of your own as a list: from a list, a file with one per line, or a text with
-    commas between them. Raises BadInput for fewer than two, or for two that CLIP cannot tell apart.
-    """
+    commas between them. Raises BadInput for fewer than two, PromptError for two that are alike."""
     if isinstance(names, str):
         names = read_lines(names) if os.path.isfile(names) else names.split(",")
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:
         raise BadInput(f"two class names at least, between commas or in a file, not {names}")
-    alike = first_alike(names)
-    if alike:
-        first, second = (names[i] for i in alike)
-        raise BadInput(f"CLIP cannot tell the class names {first!r} and {second!r} apart")
+    check_apart(names)
     return names
 
 

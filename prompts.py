@@ -53,17 +53,6 @@ def token_ids(text):
     return _tokenizer().encode(text)
 
 
-def first_alike(names):
-    """The positions of the first two names that CLIP's tokenizer cannot tell apart, or None: it
-    reads lower case, spaces of any width, and accents and HTML however they are written."""
-    positions = {}
-    for i, name in enumerate(names):
-        first = positions.setdefault(tuple(token_ids(name)), i)
-        if first != i:
-            return first, i
-    return None
-
-
 def words_of(ids):
     """The words, or pieces of words, that tokens stand for; `decoder` is clip's own table."""
     return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
@@ -82,6 +71,17 @@ def check_words(known, ids, text):
         words = re.findall(r"[\w'-]+|\S", text)
         unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
         raise PromptError(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
+
+
+def check_apart(names, folders=None):
+    """Raises PromptError for two class names that CLIP's tokenizer reads alike, whatever their
+    capitals, spaces, accents or HTML. folders: to call the classes by, instead of their names."""
+    seen = {}
+    for name, called in zip(names, folders or names):
+        ids = tuple(token_ids(name))
+        if ids in seen:
+            raise PromptError(f"CLIP cannot tell the classes {seen[ids]!r} and {called!r} apart")
+        seen[ids] = called
 
 
 def check_length(clip_model, ids, text):

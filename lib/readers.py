@@ -12,11 +12,7 @@ from lib.photos import files_below, is_image
 from lib.runs import BadInput, read_lines
 
 PARTS = ("train", "val", "test")
-PART_FOLDERS = {  # what people call them
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
+OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 def read_split_file(file, images):
@@ -85,20 +81,16 @@ def read_imagenet(folder, images, layout, class_names_file):
 
 
 def read_class_names(file):
-    """{folder: class name} of a file with lines of "folder name". Raises BadInput for others."""
-    pairs = [line.split(maxsplit=1) for line in read_lines(file)]
-    for pair in pairs:
-        if len(pair) < 2:
-            raise BadInput(f"{file}: the line {pair[0]!r} needs a folder and its class name")
-    return dict(pairs)
+    """{folder: class name} of a file with lines of "folder name"."""
+    return dict(" ".join(line.split()).partition(" ")[::2] for line in read_lines(file))
 
 
 def names_of(classes, names, file):
-    """The names of class folders. Raises BadInput for one without a name. names: by folder, from
-    `file`."""
+    """The names of class folders. names: {folder: name}, from `file`. Raises BadInput for a folder
+    without a name."""
     for folder in classes:
-        if folder not in names:
-            raise BadInput(f"{file} has no name for the folder {folder}")
+        if not names.get(folder):
+            raise BadInput(f"{file} has no name for the folder {folder}: a line is folder and name")
     return [names[folder] for folder in classes]
 
 
@@ -107,9 +99,11 @@ def part_folders(folder):
     are none, or if they are classes: if they hold images themselves, and no folders."""
     found = {}
     for name in class_folders(folder):
-        for part, names in PART_FOLDERS.items():
-            if name.lower() in names and found.setdefault(part, name) != name:
-                raise BadInput(f"{folder} has two folders for {part}: {found[part]}/ and {name}/")
+        part = OTHER_NAMES.get(name.lower(), name.lower())
+        if part in found:
+            raise BadInput(f"{folder} has two folders for {part}: {found[part]}/ and {name}/")
+        if part in PARTS:
+            found[part] = name
 
     def is_class(name):
         return not class_folders(folder / name) and any(map(is_image, files_below(folder / name)))

@@ -17,7 +17,7 @@ from lib.clip_model import load_clip
 from lib.features import image_features
 from lib.report import accuracy
 from lib.runs import BadInput
-from prompts import template_features
+from prompts import PromptError, template_features
 
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
@@ -339,7 +339,7 @@ def test_folders_that_cannot_be_learned_from_are_refused(tmp_path, classes, n, s
 def test_two_folders_with_one_class_name_are_refused(tmp_path):
     for name in ("red cat", "Red_Cat"):  # CLIP reads lower case
         folder = make_folder(tmp_path / name / "photos", ["red_cat", name])
-        with pytest.raises(BadInput, match=f"the classes {name} and red_cat$"):
+        with pytest.raises(PromptError, match=f"the classes '{name}' and 'red_cat' apart"):
             load_split(str(folder), "")
 
 

@@ -74,17 +74,6 @@ def draw_folder(folder):
             draw_image(folder / name / f"{i}.jpg", f"{name}{i}")
 
 
-def test_another_folder_of_the_same_name_is_refused(run_train, random_clip_file, tmp_path):
-    for root in ("a", "b"):
-        draw_folder(tmp_path / root / "photos")
-    flags = f"--epochs 1 --views 1 --clip {random_clip_file} --dataset"
-    own = run_train(flags, tmp_path / "a/photos/")
-    again = eval.evaluate(tmp_path / "run", dataset=str(tmp_path / "b/../a/photos"))
-    assert again["accuracy"] == own["accuracy"]
-    with pytest.raises(BadInput, match="has the name of the run's own dataset"):
-        eval.evaluate(tmp_path / "run", dataset=str(tmp_path / "b/photos"))
-
-
 @pytest.mark.parametrize(
     "flags, said",
     [

@@ -17,7 +17,7 @@ from lib.catalogue import read_groups
 from lib.features import image_features
 from lib.photos import find_photos
 from lib.runs import BadInput, find_runs
-from prompts import first_alike
+from prompts import PromptError, check_apart
 
 
 def make(folder, *classes, n=6):
@@ -176,13 +176,16 @@ def test_unreadable_images_are_named_all_at_once(tmp_path, random_clip):
     ],
 )
 def test_names_are_alike_if_clips_tokenizer_reads_them_alike(tmp_path, one, other, alike):
-    assert first_alike(["dog", one, other]) == ((1, 2) if alike else None)
     folder = make(tmp_path / "photos", "dog", one, other)
     if alike:
-        first, second = sorted([one, other])
-        with pytest.raises(BadInput, match=f"for the classes {first} and {second}$"):
-            load_split(str(folder), "")
+        for first, second, read in (
+            (one, other, lambda: check_apart(["dog", one, other])),
+            (*sorted([one, other]), lambda: load_split(str(folder), "")),
+        ):
+            with pytest.raises(PromptError, match=f"classes {first!r} and {second!r} apart"):
+                read()
     else:
+        check_apart(["dog", one, other])
         assert len(load_split(str(folder), "").class_names) == 3
 
 
@@ -194,11 +197,11 @@ def test_a_file_gives_class_folders_their_names(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     for text, said in (
         ("n02085620 Chihuahua", "classnames.txt has no name for the folder n02085782"),
-        ("Chihuahua\nspaniel", "the line 'Chihuahua' needs a folder and its class name"),
-        ("n02085620 Pug\nn02085782 pug", "for the classes n02085620 and n02085782"),
+        ("n02085620\nn02085782", "no name for the folder n02085620: a line is folder and name"),
+        ("n02085620 Pug\nn02085782 pug", "the classes 'n02085620' and 'n02085782' apart"),
     ):
         file.write_text(text)
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises((BadInput, PromptError), match=said):
             load_split(str(folder), "")
 
 
@@ -212,7 +215,7 @@ def test_names_from_python_are_a_list_a_text_or_a_file(run_train, tmp_path):
         found, probabilities, _ = run.classify([image], given)
         assert found == names and probabilities.equal(expected)
     for wrong in ("red ring", ["red ring"], ["red ring", "Red  ring"]):
-        with pytest.raises(BadInput):
+        with pytest.raises((BadInput, PromptError), match="two class names at least|apart"):
             run.classify([image], wrong)
 
 

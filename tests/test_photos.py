@@ -91,8 +91,8 @@ def test_class_names_of_ones_own(world_run, photos, tmp_path, run_eval):
     for names, said in (
         ("red circle,red zebra", "never seen the word 'zebra'"),
         ("one", "two class names at least"),
-        ("red ring, blue ring, red ring", "names 'red ring' and 'red ring' apart"),
-        ("Red ring,red ring", "names 'Red ring' and 'red ring' apart"),  # CLIP reads lower case
+        ("red ring, blue ring, red ring", "classes 'red ring' and 'red ring' apart"),
+        ("Red ring,red ring", "classes 'Red ring' and 'red ring' apart"),  # CLIP reads lower case
     ):
         status, _, errors = run_eval(world_run, "--names", names, "--images", photos)
         assert status == 2 and said in errors[0]
@@ -175,7 +175,7 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
     "flags",
     [
         *("run --names a,b", "run --words --csv x.csv", "--table . --images a"),
-            *("run --export x.npz --csv x.csv", "run --export x.npz --words"),
+        *("run --export x.npz --csv x.csv", "run --export x.npz --words"),
         *(f"run --images a.jpg --{f}" for f in ("words", "classes new", "dataset b", "data b")),
         *(f"run --words --{f}" for f in ("classes new", "dataset b", "data b")),
     ],

@@ -44,7 +44,9 @@ def test_what_would_give_another_answer_is_not_exported(flags, run_train, small,
     assert not (tmp_path / "run.npz").exists()
 
 
-def test_the_answer_for_every_test_image_is_written_as_a_table(own_run, run_eval, tmp_path, eurosat):
+def test_the_answer_for_every_test_image_is_written_as_a_table(
+    own_run, run_eval, tmp_path, eurosat
+):
     status, *_ = run_eval(own_run, "--csv", tmp_path / "answers.csv")
     assert status == 0
     with open(tmp_path / "answers.csv", newline="", encoding="utf-8") as file:
