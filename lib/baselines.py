@@ -139,7 +139,7 @@ def silhouette(distance, groups):
         for i in group if len(group) > 1 else []:
             a = distance[i, group].sum().item() / (len(group) - 1)
             b = min(distance[i, other].mean().item() for other in groups if other is not group)
-            total += (b - a) / max(a, b)
+            total += (b - a) / max(a, b, 1e-9)  # templates may be equal
     return total / len(distance)
 
 

@@ -298,7 +298,7 @@ def _encode(clip_model, split, wanted, bar):
         padded[: len(images)] = images
         features = encode_images(clip_model, padded, dtype)[: len(images)]
         norm = features.norm(dim=-1, keepdim=True)
-        good = (norm > 0) & (norm < torch.inf)  # of a number that is none, neither
+        good = (norm > 0) & (norm < torch.inf)  # NaN is neither
         if not good.all():
             path, _ = batch[good.int().argmin()]
             raise BadInput(

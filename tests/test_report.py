@@ -1,7 +1,9 @@
 """Numbers, tables and pictures: the runs' own numbers, under the right names."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from PIL import Image
 import eval
 from data import load_split, select_classes
 from lib import report, world
-from lib.runs import BadInput, find_runs
+from lib.runs import BadInput, find_runs, read_result
 
 PROMPTS = ["a photo of a {}.", "a sketch of a {}.", "{} texture."]
 STYLES = ["photo", "sketch"]
@@ -144,20 +146,40 @@ def test_runs_with_other_clips_are_in_other_rows():
 
 
 @pytest.mark.parametrize("content", ["{}", '{"config": {"seed": 1}}', "[" * 100_000])
-def test_a_damaged_result_is_named(tmp_path, content):
-    (tmp_path / "result.json").write_text(content)
-    with pytest.raises(BadInput, match="result.json is not the result of a run, or damaged"):
+def test_what_is_not_a_result_is_named_and_left_out(tmp_path, content, capsys):
+    result, _ = run()
+    for name in ("run", "foreign"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    (tmp_path / "run/eval_notes.json").write_text(content)
+    (tmp_path / "foreign/result.json").write_text(content)
+    assert find_runs(tmp_path) == [(result, [])]
+    foreign, notes = capsys.readouterr().err.splitlines()
+    for line, file in ((foreign, "foreign/result.json"), (notes, "run/eval_notes.json")):
+        assert line.startswith(f"left out: {tmp_path / file} is not the result of a run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(BadInput, match="no finished run below"):
         find_runs(tmp_path)
+
+
+def test_an_accuracy_that_is_no_number_and_a_folder_are_no_results(tmp_path):
+    result, _ = run()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/result.json").write_text(json.dumps(result | {"accuracy": math.nan}))
+    (tmp_path / "b/result.json").mkdir(parents=True)
+    for name in ("a", "b"):
+        with pytest.raises(BadInput, match="is not the result of a run"):
+            read_result(tmp_path / name / "result.json")
 
 
 def test_a_result_that_does_not_know_its_own_label_is_to_be_made_again(tmp_path):
     result, _ = run()
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert find_runs(tmp_path) == [(result, [])]
+    assert read_result(tmp_path / "result.json") == result
     del result["label"], result["changed_flags"]
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(BadInput, match="result.json is from an older version: remove"):
-        find_runs(tmp_path)
+        read_result(tmp_path / "result.json")
 
 
 # ------------------------------------------------------------------------------------ pictures
