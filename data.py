@@ -9,7 +9,7 @@ A dataset is one of three things:
       data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
       data/eurosat/split_zhou_EuroSAT.json
 
-- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`; its classes are called like
+- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`; its classes are named after
   their folders, or as a file `classnames.txt` says in lines of "folder name";
 - the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
 
@@ -122,7 +122,7 @@ def few_shot(split, shots, seed):
     counts = Counter(item.label for item in train)
     short = [split.class_names[label] for label, n in counts.items() if n < shots]
     if short:
-        print(f"{len(short)} classes have fewer than {shots} images and give all ({short[0]} ...)")
+        print(f"using all images of {len(short)} classes with fewer than {shots} ({short[0]} ...)")
     return replace(split, train=train, val=val)
 
 
@@ -159,7 +159,7 @@ def select_classes(split, classes):
 
     names = split.class_names[chosen]
     if classes != "all" and len(names) < 2:
-        raise BadInput(f"of {split.name}, the {classes} classes are one class only, {names[0]!r}")
+        raise BadInput(f"{split.name}: the {classes} half is a single class, {names[0]!r}")
     lists = {part: keep(getattr(split, part)) for part in PARTS}
     return replace(split, class_names=names, **lists)
 
@@ -307,7 +307,7 @@ def _check(split):
         raise BadInput(f"no {what} in {where}: expected {where}/<class>/<image>")
     for name in (str(where), *split.class_names):
         if not name.strip() or name.encode(errors="ignore").decode() != name:
-            raise BadInput(f"{where}: {name!r} is no name in Unicode: rename that folder")
+            raise BadInput(f"{where}: {name!r} is not valid Unicode: rename the folder")
     if len(split.class_names) == 1:
         raise BadInput(f"{where} has one class only, {split.class_names[0]!r}")
     test_only = parts == ["test"] and split.source == "coop"

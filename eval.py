@@ -1,4 +1,4 @@
-"""Evaluate a run on anything; look into it; make tables and pictures of runs.
+"""Evaluate, inspect and compare runs.
 
     python eval.py RUN                               # again on its own test images
     python eval.py RUN --classes new                 # a run of --classes base on the new classes
@@ -46,9 +46,10 @@ from lib.runs import (
 from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
-    default_config,
     learns_images,
     make_model,
+    make_parser,
+    preset,
     text_encoder_of,
     zero_shot_and_ensemble,
 )
@@ -85,7 +86,7 @@ class Run(NamedTuple):
         if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
             model = self.untrained(self.config["dataset"], self.groups, names)[method]
         known = {}
-        if not getattr(model, "per_image", True):
+        if model.templates and not model.per_image:
             known["text_features"] = model.text_features(names)
 
         def answer(features):
@@ -127,11 +128,13 @@ def load_run(folder, clip=None, device=None):
         stored, groups = checkpoint["config"], checkpoint["groups"]
         state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
         class_names = checkpoint["class_names"]
-        task = {key: stored[key] for key in ("method", "dataset", "shots", "classes")}
-        stored["clip"], stored["data"]
+        for key in ("method", "dataset", "shots", "classes", "clip", "data"):
+            stored[key]  # raises KeyError
     except (KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} lacks {error}") from error
-    config = default_config(**task) | stored  # a setting younger than the run has its default
+    defaults = preset(stored["method"], stored["dataset"], stored["shots"])
+    # A setting that is younger than the run has its default.
+    config = vars(make_parser().parse_args([])) | defaults | stored
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
         raise BadInput(
@@ -281,6 +284,7 @@ def export(folder, file, clip=None, device=None):
     Raises BadInput for a run that has no prompts, or whose answer would be another one: if it
     shifts the prompts for each image or has changed the image encoder.
     """
+    check_output(file, folder, [])
     run = load_run(folder, clip, device)
     config, model = run.config, run.model
     if config["method"] in BASELINES or config["conditional"] or learns_images(config):
@@ -384,7 +388,7 @@ def run_command_line():
         help="test on these classes (by default the run's)",
     )
     add("--data", help="the folder that holds all datasets (by default the run's)")
-    add("--clip", help="where the run's CLIP lies, if it has moved")
+    add("--clip", help="path of the run's CLIP, if it has moved")
     add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
     add("--images", nargs="+", metavar="PATH", help="classify photos, folders of photos, patterns")
     add(

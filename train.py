@@ -64,7 +64,8 @@ def make_parser(**options):
     add("--classes", default="all", choices=CLASSES, help="all, the first half, or the second half")
     add("--seed", default=1, type=at_least(int, 0), help="random seed for few-shot sampling, "
         "initialisation and shuffling")
-    add("--method", default="mocoop", choices=METHODS, help="sets the defaults of what follows")
+    add("--method", default="mocoop", choices=METHODS, help="training method; it sets the "
+        "defaults of the settings below")
 
     add = parser.add_argument_group("CLIP and templates").add_argument
     add("--clip", help="an OpenAI name such as ViT-B/16, a file of weights, or bundled")
@@ -114,7 +115,8 @@ def make_parser(**options):
     add = parser.add_argument_group("machine").add_argument
     add("--data", default="data", help="the folder that holds all datasets")
     add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
-    add("--text-encoder", default="fast", choices=("fast", "plain"), help="equal in their numbers")
+    add("--text-encoder", default="fast", choices=("fast", "plain"),
+        help="both give the same numbers")
     add("--chunk", type=positive, help="number of sentences that the fast text encoder reads at "
         "a time")
     add("--out", help="the run's folder (by default out/<dataset>/<run>)")
@@ -183,12 +185,15 @@ NO_EFFECT = (
     ("groups", lambda c: c["groups"] == "auto" and c["one_group"] is not False, "without groups"),
     ("n_groups", lambda c: c["groups"] != "auto", "without --groups auto"),
     ("top_k", lambda c: c["router"] == "uniform", "with --router uniform"),
-    ("gate_weight", lambda c: not ROUTERS[c["router"]].guided, "without --router trained"),
-    ("gate_target", lambda c: not ROUTERS[c["router"]].guided, "without --router trained"),
+    *(
+        (name, lambda c: not ROUTERS[c["router"]].guided, "without --router trained")
+        for name in ("gate_weight", "gate_target")
+    ),
     ("gate_target", lambda c: c["gate_weight"] == 0, "with --gate-weight 0"),
-    ("text_scale", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
-    ("text_target", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
-    ("text_names", lambda c: c["text_weight"] == 0, "with --text-weight 0"),
+    *(
+        (name, lambda c: c["text_weight"] == 0, "with --text-weight 0")
+        for name in ("text_scale", "text_target", "text_names")
+    ),
     ("text_names", lambda c: c["classes"] == "all", "with --classes all, where all are seen"),
     ("chunk", lambda c: c["text_encoder"] == "plain", "with --text-encoder plain"),
     ("views", learns_images, "with --image-side, which crops anew in every epoch"),
@@ -298,7 +303,7 @@ class MoCoOp(nn.Module):
         self.config = config
 
     def forward(self, image_features, seen=slice(None), text_features=None):
-        """image_features (B, D) -> `Outputs`, as training needs them; `logits` is for answers.
+        """image_features (B, D) -> `Outputs`, for a training batch; `logits` is for evaluation.
 
         seen: the classes that logits are wanted of.
         text_features: to use instead of reading the prompts once more."""
@@ -386,7 +391,7 @@ def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None
     losses = {"image": (1.0, image_loss(outputs.logits, labels))}
     if config["gate_weight"] and model.router.guided:
         prototypes = hard.prototypes[:, seen]
-        # Detached: the image encoder, where it learns, is not to please the target.
+        # Detached: an image encoder that learns must not learn to match the target.
         f, target_of = image_features.detach(), GATE_TARGETS[config["gate_target"]]
         target = target_of(f, prototypes, labels, model.top_k)
         losses["gate"] = config["gate_weight"], gate_loss(outputs.gate_logits, target)
@@ -419,7 +424,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     Raises BadInput if training diverges.
     """
     config = model.config
-    torch.manual_seed(config["seed"])  # for whatever draws in training
+    torch.manual_seed(config["seed"])  # for forks whose modules draw random numbers
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
         model.parameter_groups(),
@@ -437,16 +442,16 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
         torch.set_rng_state(state["torch_rng"])
         if labels.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-    n, size = len(labels), config["batch_size"]
-    n_batches = max(1, n // size)  # the last, incomplete one is dropped
-    start = time.time() - seconds  # as if it had never been stopped
+    size = config["batch_size"]
+    n_batches = max(1, len(labels) // size)  # the last, incomplete one is dropped
+    start = time.time() - seconds  # include the time before an interruption
     model.train()
     for epoch in range(done, config["epochs"]):
         schedule = epoch, config["epochs"], config["warm_up"]
         for part in optimiser.param_groups:
             part["lr"] = learning_rate(config["lr"] * part["factor"], *schedule)
-        order = torch.randperm(n, generator=order_rng)
-        views = torch.randint(images.n_views, (n,), generator=order_rng)
+        order = torch.randperm(len(labels), generator=order_rng)
+        views = torch.randint(images.n_views, (len(labels),), generator=order_rng)
         batches = order.split(size)[:n_batches]
         batch_labels = labels[order.to(labels.device)].split(size)
         history, used = [], 0

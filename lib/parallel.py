@@ -8,7 +8,8 @@ the parts of the gradient are added up (`sum_gradients`). From there on all proc
 numbers again, so nothing else needs to be sent. (With --image-side each process computes the
 gradients of the image encoder for itself.)
 
-Without torchrun all of this does nothing. The processes share one disk, and the first one writes.
+Without torchrun all of this does nothing. The processes share one disk. Every process writes the
+files of a run, under names of its own that are renamed; the first one keeps the feature cache.
 When a process fails, torchrun ends the others.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 from lib.catalogue import row_of
 from lib.runs import BadInput, doing, replacing, run_label
 
-BASELINES = "zeroshot", "ensemble"  # every run brings their accuracies along
+UNTRAINED = "zeroshot", "ensemble"  # every run brings their accuracies along
 MOST_ROWS = 40  # of a heat map
 LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # distinct without colour
 GREY_LINES = {"zero-shot": ":", "ensemble": "--"}
@@ -183,7 +183,7 @@ def accuracies(runs):
             "zero_shot_accuracy": Line(*task, 0, "zero-shot", "zero-shot", "{}"),
             "ensemble_accuracy": Line(*task, 0, "ensemble", "ensemble", json.dumps(templates)),
         }
-        if result["method"] not in BASELINES:
+        if result["method"] not in UNTRAINED:
             lines["accuracy"] = own
         for key, line in lines.items():
             columns = rows[line]

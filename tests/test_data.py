@@ -127,4 +127,4 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_says_so(capsys):
     items = [Item(f"{label}/{i}.jpg", label) for label, n in ((0, 5), (1, 2)) for i in range(n)]
     sample = few_shot(Split("d", None, "coop", ["cat", "dog"], items, [], items), 4, 1)
     assert [i.label for i in sample.train] == [0, 0, 0, 0, 1, 1]
-    assert "1 classes have fewer than 4 images and give all (dog ...)" in capsys.readouterr().out
+    assert "using all images of 1 classes with fewer than 4 (dog ...)" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_half_of_two_classes_is_refused():
     items = [Item(f"{label}.jpg", label) for label in range(3)]
     for n, half in ((2, "base"), (2, "new"), (3, "new")):
         split = Split("pets", None, "coop", ["cat", "dog", "fox"][:n], items[:n], [], items[:n])
-        with pytest.raises(BadInput, match=f"of pets, the {half} classes are one class only"):
+        with pytest.raises(BadInput, match=f"pets: the {half} half is a single class"):
             select_classes(split, half)
     assert select_classes(split, "base").class_names == ["cat", "dog"]
 

@@ -1,6 +1,7 @@
 """Settings: what the command line says, what a method changes, what is refused, a run's name."""
 
 import math
+from pathlib import Path
 
 import plain
 import pytest
@@ -58,7 +59,9 @@ def test_every_method_has_settings_for_every_dataset(method):
     for dataset in DATASETS:
         config = config_of("--method", method, "--dataset", dataset)
         assert config["out"] == f"out/{dataset}/{method}_16shot_all_seed1"
-        assert not isinstance(config["epochs"], dict) and config["data"] == "data"
+        assert not isinstance(config["epochs"], dict) and config["data"] == str(
+            Path("data").resolve()
+        )
         assert config["clip"] == ("bundled" if dataset.startswith("shapes") else "ViT-B/16")
 
 

@@ -36,8 +36,8 @@ from lib.fast_clip import Block, blocks_of, encode_images
 from lib.fast_text import FastTextEncoder
 from lib.report import markdown
 from lib.runs import Parser, at_least, exit_on_bad_input
-from prompts import EOT, SoftPrompts, TextEncoder
-from train import MoCoOp, compute_losses, default_config, hard_text
+from prompts import EOT, SoftPrompts, TextEncoder, hard_text
+from train import MoCoOp, compute_losses, default_config
 
 BATCH = 32
 LAUNCH = 6e-6  # seconds that a GPU needs at least from one kernel to the next
@@ -373,10 +373,10 @@ def launches_table():
 
 
 def run_command_line():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     tables = *SIZES, "images", "launches"
     parser.add_argument("tables", nargs="*", help=f"default: all of {', '.join(tables)}")
-    parser.add_argument("--repeats", type=at_least(int, 1), default=3, help="default: 3")
+    parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="timed steps per row")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
     unknown = set(args.tables) - set(tables)

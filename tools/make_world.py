@@ -7,7 +7,6 @@ The CLIP is `clip.model.CLIP` itself with CLIP's tokenizer, only small, and it i
 CLIP's own loss. Its captions are the hand-written templates of the world's styles.
 """
 
-import argparse
 import math
 import multiprocessing
 import random
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from lib.catalogue import template_groups
 from lib.clip_model import TINY_CLIP
 from lib.features import as_clip_reads
-from lib.runs import save_torch
+from lib.runs import Parser, save_torch
 from lib.world import CLASSES, COLOURS, DATASETS, SHAPES, SIZE, STYLES, draw
 
 SEED = 0
@@ -125,7 +124,7 @@ def train_clip():
 
 
 def draw_sheet(path):
-    """The README's picture of the world: one row per style, the shifted test sets below."""
+    """The picture of docs/RESULTS.md: one row per style, the shifted test sets below."""
     rows = [(None, style) for style in STYLES]
     rows += [("shapes", "photo"), ("shapes_cold", "photo"), ("shapes_v2", "photo")]
     rows += [("shapes_sketch", "dashed"), ("shapes_a", "photo")]
@@ -145,7 +144,7 @@ def draw_sheet(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--sheet", metavar="FILE", help="only draw a picture of the world")
     args = parser.parse_args()
     if args.sheet:

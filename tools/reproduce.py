@@ -32,7 +32,7 @@ import eval
 import train
 from lib.parallel import n_threads
 from lib.report import accuracies, draw_pictures, harmonic_mean, markdown, mean_std
-from lib.runs import BadInput, Parser, changed_settings, exit_on_bad_input, run_label
+from lib.runs import BadInput, Parser, exit_on_bad_input
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
 from tools.why import why
@@ -207,16 +207,13 @@ def run_all(todo, again=False):
 
 
 def key_of(result):
-    """What tells one run's result from another's."""
-    task = pick(result, "dataset", "classes", "label", "shots", "seed")
-    return tuple(task.values())
+    """What tells one run's result from another's: its folder below out/."""
+    task = f"{result['shots']}shot_{result['classes']}_seed{result['seed']}"
+    return f"{result['dataset']}/{result['label']}_{task}"
 
 
 def key_of_job(words):
-    config, _ = train.configure(words.split())
-    task = config["method"], config["dataset"], config["shots"], config["batch_size"]
-    label = run_label(config["method"], changed_settings(config, train.preset(*task)))
-    return key_of(config | {"label": label})
+    return str(Path(train.configure(words.split())[0]["out"]).relative_to("out"))
 
 
 def run_missing(todo, known):
@@ -590,7 +587,7 @@ def read_results(file=RESULTS):
 
 
 def run_command_line():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--tables", action="store_true", help="only tables and pictures, no runs")
     add("--again", action="store_true", help="a tenth of the runs once more")

@@ -90,7 +90,7 @@ def why(folder, datasets=()):
 
 
 def run_command_line():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("run", help="the folder of a finished run")
     for name, part in why(parser.parse_args().run).items():
         print(name)
