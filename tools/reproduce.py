@@ -54,6 +54,7 @@ PROMPT_METHODS = [method for method in LEARNED if method not in train.PROBES]
 SHOTS = 1, 2, 4, 8, 16
 SEEDS = 1, 2, 3  # that every task has
 SHAPES_SEEDS = 1, 2, 3, 4, 5
+APART = {"image_side", "text_names", "gate_target"}  # settings with a table of their own
 SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
 
 N_TEST = {dataset: 120 * len(class_names(dataset)) for dataset in DATASETS}
@@ -413,7 +414,7 @@ def ablation_table(results):
     }
     published, rows = measures("mocoop"), []
     for label, settings in changed.items():
-        if settings and not settings.keys() & {"lr", "image_side", "text_names", "gate_target"}:
+        if settings and not settings.keys() & {"lr", *APART}:
             effects = {m: differences(of, published[m]) for m, of in measures(label).items()}
             cells = [cell(effect, "+") for effect in effects.values()]
             mean = np.mean(list(effects["all"].values()))
@@ -576,7 +577,7 @@ def write_tables(lines):
     pictured = [
         line[:2]
         for line in lines
-        if line[0]["dataset"] == "shapes" and "image_side" not in line[0]["changed_flags"]
+        if line[0]["dataset"] == "shapes" and not line[0]["changed_flags"].keys() & APART
     ]
     drawn = draw_pictures(pictured, Path("assets"))
     print(f"saved: README.md, docs/RESULTS.md, assets/{', assets/'.join(drawn)}")
