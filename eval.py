@@ -46,6 +46,7 @@ from lib.runs import (
 from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
+    PROBES,
     learns_images,
     make_model,
     make_parser,
@@ -150,6 +151,8 @@ def load_run(folder, clip=None, device=None):
         model.load_state_dict(state)
         if config["method"] not in BASELINES:
             attach(clip_model, model.image_side)
+    except PromptError:  # says itself what is wrong
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         if out_of_memory(error):
             raise
@@ -180,6 +183,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
         same = not file.exists() or read_result(file).get("target", dataset) == dataset
     if not same:
         raise BadInput(f"{folder} holds numbers of another {split.name}: rename {dataset}")
+    if config["method"] in PROBES:
+        model.check_classes(split.class_names)  # before any image is encoded
     what = f"test images of {dataset}, {classes} classes"
 
     # Zero-shot and ensemble: CLIP as it was, with the target's templates.

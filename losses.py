@@ -40,8 +40,9 @@ def text_loss(text_features, prototypes, scale=1.0):
     return F.cross_entropy(logits.flatten(0, -2), diagonal.expand(logits.shape[:-1]).flatten())
 
 
-# What `--text-target` chooses from: each is called with text features (G, C, D), `prompts.HardText`
-# and the scale. "templates" is LASP's: each soft prompt against every template of its group.
+# What `--text-target` chooses from. Each is called with text features (..., G, C, D), with
+# `prompts.HardText` and the scale. "templates" is LASP's: each soft prompt against every template
+# of its group.
 TEXT_LOSSES = {
     "prototypes": lambda text_features, hard, scale: text_loss(
         text_features, hard.prototypes, scale

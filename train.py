@@ -240,6 +240,8 @@ def default_config(**changes):
     `python train.py --shots 4`. Raises BadInput as `configure` does."""
     words = []
     for name, value in changes.items():
+        if value is None:
+            continue
         if isinstance(value, bool):
             words.append(dashed(name) if value else dashed(f"no_{name}"))
         else:
@@ -418,9 +420,9 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
     of each prompt in every epoch.
 
-    images: see `training_features`. labels (N,), hard and seen: as in `compute_losses`. save:
-    called after each epoch with all that is needed to continue; state: what it was given last, to
-    continue from there.
+    images: from `training_features`, or `lib.features.CachedImages` of features (N, D). labels
+    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with all that is
+    needed to continue; state: what it was given last, to continue from there.
     Raises BadInput if training diverges.
     """
     config = model.config

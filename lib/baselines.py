@@ -31,17 +31,21 @@ class ClassVectors(nn.Module):
         bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias
         self.bias = nn.Parameter(bias, requires_grad=False)
 
+    def check_classes(self, class_names):
+        """Raises BadInput for classes that it was not made for."""
+        if list(class_names) != self.class_names:
+            raise BadInput(
+                "a linear probe holds one vector per class it was trained on and knows no other:"
+                " train one on these"
+            )
+
     @torch.no_grad()
     def logits(self, image_features, class_names=None):
         """Class logits (N, C) of images (N, D), and prompt weights (N, 0), as it has no prompts.
 
         Raises BadInput for classes that it was not made for.
         """
-        if class_names is not None and list(class_names) != self.class_names:
-            raise BadInput(
-                "a linear probe holds one vector per class it was trained on and knows no other:"
-                " train one on these"
-            )
+        self.check_classes(self.class_names if class_names is None else class_names)
         logits = self.scale * (image_features @ self.weight.T + self.bias)
         return logits, image_features.new_zeros(len(image_features), 0)
 

@@ -94,7 +94,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **options):
         """description: a docstring, whose first line is shown; None where Python drops them."""
         first_line = (description or "").split("\n")[0]
-        super().__init__(description=first_line, formatter_class=HelpFormatter, **options)
+        super().__init__(
+            description=first_line, formatter_class=HelpFormatter, allow_abbrev=False, **options
+        )
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the settings)")
