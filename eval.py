@@ -91,7 +91,7 @@ class Run(NamedTuple):
             known["text_features"] = model.text_features(names)
 
         def answer(features):
-            logits, weights = report.predict(model, features, names, **known)
+            logits, weights = model.logits(features, names, **known)
             return logits.softmax(dim=-1).cpu(), weights.cpu()
 
         return answer

@@ -338,7 +338,7 @@ class MoCoOp(nn.Module):
             _, weights, _, logits = self(f, text_features=text_features)
             parts.append((logits, weights))
         logits, weights = (torch.cat(part) for part in zip(*parts))
-        return logits, weights
+        return runs.finite(logits, "the logits"), weights
 
     def parameter_groups(self):
         """What is trained, as an optimiser takes it; `factor`: times the learning rate, which is a

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.runs import BadInput
+from lib.runs import BadInput, finite
 
 # -------------------------------------------------------------------------- one vector per class
 
@@ -47,7 +47,7 @@ class ClassVectors(nn.Module):
         """
         self.check_classes(self.class_names if class_names is None else class_names)
         logits = self.scale * (image_features @ self.weight.T + self.bias)
-        return logits, image_features.new_zeros(len(image_features), 0)
+        return finite(logits, "the logits"), image_features.new_zeros(len(image_features), 0)
 
 
 def logistic_regression(features, labels, n_classes, c, start=None):

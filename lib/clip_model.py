@@ -6,7 +6,6 @@ fp32 weights to fp16 on the way; here they stay what they were.
 
 import contextlib
 import hashlib
-import math
 import warnings
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -14,7 +13,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 
 from lib.download import alone, download, file_sha256
-from lib.runs import BadInput, nearest, read_torch_file, writable_folder
+from lib.runs import BadInput, finite, nearest, read_torch_file, writable_folder
 
 TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
@@ -67,9 +66,7 @@ def load_clip(name, device):
     except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
-    scale = clip_model.logit_scale.exp().item()
-    if not 0 < scale < math.inf:
-        raise BadInput(f"{path}: the scale of its logits is {scale:g}: are its weights damaged?")
+    finite(clip_model.logit_scale.exp(), f"{path}: the scale of the logits")
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from lib import parallel, world
 from lib.clip_model import MEAN, STD
 from lib.fast_clip import encode_images
-from lib.photos import open_photo, say_what_was_not_turned, upright_rgb
+from lib.photos import open_photo, say_remarks, upright_rgb
 from lib.runs import BadInput, doing, out_of_memory, replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
@@ -271,7 +271,7 @@ def image_features(
             rows |= shard
             if cached and rank == 0:
                 _save_rows(folder, shard)
-    say_what_was_not_turned()
+    say_remarks()
     stored = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
     features, norms = stored.split([width, 1], dim=1)
     features = features * norms if raw else features.contiguous()
@@ -325,7 +325,7 @@ def photo_features(clip_model, images, raw=False):
         features.append(encode_images(clip_model, as_clip_reads([image], device), torch.float32))
     if not features:
         raise BadInput("there is no image to look at")
-    say_what_was_not_turned()
+    say_remarks()
     return torch.cat(features) if raw else F.normalize(torch.cat(features), dim=-1)
 
 

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import os
+import re
 import sys
 import warnings
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.runs import BadInput, replacing
+from lib.runs import BadInput, out_of_memory, replacing
 
 # Pillow's remark on images that it reads well.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
@@ -27,7 +28,7 @@ ORIENTATION = 0x0112  # in EXIF data
 _T = Image.Transpose
 TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}
 TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}  # its value: what sets it right
-not_turned = {}  # the names of images whose orientation could not be read
+remarks = {}  # {what was guessed or could not be used: the names of images}
 
 
 def open_photo(file, as_coop=False):
@@ -42,6 +43,8 @@ def open_photo(file, as_coop=False):
                 image.filename = str(file)
                 return image.convert("RGB") if as_coop else upright_rgb(image)
         except Exception as caught:  # on damaged bytes Pillow may stumble in any way
+            if out_of_memory(caught):
+                raise
             error = error or caught
     raise BadInput(f"cannot read the image {file}: {error}") from error
 
@@ -66,28 +69,50 @@ def _bare_png(file):
 
 def upright_rgb(image):
     """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
-    instead of cut off: 16-bit grey to its upper half, other numbers by their own range."""
+    instead of cut off: 16-bit grey to its upper half, or 12 bits in 16 to theirs, other numbers by
+    their own range; what is not a number, or stands for a missing one, becomes black."""
     image.load()  # turns a TIFF
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # not `ImageOps.exif_transpose`: what else EXIF holds is of no concern
         turn = None
-        not_turned[getattr(image, "filename", "") or "an image in memory"] = True
+        _remark(image, "photos not turned, as their EXIF data is damaged")
     if turn is not None and image.format != "TIFF":
         image = image.transpose(turn)
         image.info = {}  # or it would be turned again
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
-        low, high = (0, 65535) if image.mode.startswith("I;16") else (pixels.min(), pixels.max())
-        image = Image.fromarray(((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+        known = np.isfinite(pixels) & (abs(pixels) < 1e30) & ~np.isin(pixels, _no_data(image))
+        if not known.any():
+            raise ValueError("none of its pixels is a number")
+        low, high = pixels[known].min(), pixels[known].max()
+        if image.mode.startswith("I;16"):
+            low, high = 0, 4095 if high < 4096 else 65535
+            if high == 4095:
+                _remark(
+                    image, "16-bit images read as 12 bits, as none of their pixels is above 4,095"
+                )
+        scaled = (np.where(known, pixels, low) - low) * (255 / max(high - low, 1e-9))
+        image = Image.fromarray(scaled.astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def say_what_was_not_turned():
-    if not_turned:
-        which = f"{len(not_turned)}, first {next(iter(not_turned))}"
-        print(f"photos not turned, as their EXIF data is damaged: {which}", file=sys.stderr)
-        not_turned.clear()
+def _no_data(image):
+    """The numbers that stand for a missing pixel: those in common use, and GDAL's tag of a TIFF."""
+    tag = str(getattr(image, "tag_v2", {}).get(42113, "")).strip(" \0")
+    return [-9999, -32768, *([float(tag)] if re.fullmatch(r"[-+.\de]+", tag) else [])]
+
+
+def _remark(image, what):
+    name = getattr(image, "filename", "") or "an image in memory"
+    remarks.setdefault(what, {})[name] = True
+
+
+def say_remarks():
+    """Prints what was guessed of the images read since the last time, or could not be used."""
+    for what, names in remarks.items():
+        print(f"{what}: {len(names)}, first {next(iter(names))}", file=sys.stderr)
+    remarks.clear()
 
 
 # ------------------------------------------------------------------------------ finding pictures

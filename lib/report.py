@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.catalogue import row_of
-from lib.runs import BadInput, doing, replacing, run_label
+from lib.runs import BadInput, replacing, run_label
 
 UNTRAINED = "zeroshot", "ensemble"  # every run brings their accuracies along
 MOST_ROWS = 40  # of a heat map
@@ -99,23 +99,10 @@ def announce(config, split, model):
         print(f"{split.name} has no templates: SUN397's four groups are used (see --groups)")
 
 
-@doing("classifying images", "try another --device")
-def predict(model, features, class_names, **options):
-    """A model's class logits (N, C) and prompt weights (N, G) of images (N, D). options: of its
-    `logits`.
-
-    Raises BadInput for logits that are not finite: the largest of them would be no answer.
-    """
-    logits, weights = model.logits(features, class_names, **options)
-    if not logits.isfinite().all():
-        raise BadInput("the logits are not finite numbers: are the weights damaged?")
-    return logits, weights
-
-
 def evaluate_model(model, config, changed, split, classes, features):
     """A model on the test images of a split: (what `result.json` says of it, class logits (N, C),
     prompt weights (N, G)). changed: settings that differ from their defaults. features: (N, D)."""
-    logits, weights = predict(model, features, split.class_names)
+    logits, weights = model.logits(features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
     labels = split.labels(split.test)
     result = {
@@ -146,7 +133,7 @@ def accuracy_on(model, split, items, features):
     """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
     if not items:
         return None
-    logits, _ = predict(model, features, split.class_names)
+    logits, _ = model.logits(features, split.class_names)
     return accuracy(logits.argmax(dim=-1), split.labels(items))
 
 

@@ -75,6 +75,13 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
+def finite(x, what):
+    """The tensor x. Raises BadInput unless it is finite and more than zeros."""
+    if not (x.isfinite().all() and x.any()):
+        raise BadInput(f"{what} should be finite and not 0: are the weights damaged?")
+    return x
+
+
 def nearest(word, words):
     """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
     close = difflib.get_close_matches(word, words, n=1)
@@ -137,9 +144,6 @@ def writable_folder(folder, way_out=""):
                 path.rmdir()
 
 
-DISK_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-
-
 @contextlib.contextmanager
 def replacing(path, way_out=""):
     """A temporary path beside `path` to write to, renamed to it when the block ends well. Readers
@@ -154,7 +158,7 @@ def replacing(path, way_out=""):
         yield scratch
         scratch.replace(path)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message = f"cannot write {path}: {error.strerror}: make room there{way_out}"
         raise BadInput(message) from error
@@ -181,8 +185,7 @@ def save_torch(content, path):
 
 
 def torch_bytes(content):
-    """What `torch.save` writes. By itself it writes with a library of its own, which does not say
-    what failed."""
+    """What `torch.save` writes; of a full disk it would only say that a file ends too early."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()

@@ -19,7 +19,7 @@ from PIL import Image
 import eval
 import train
 from lib import features, report, runs
-from lib.baselines import ClassVectors, group_templates
+from lib.baselines import group_templates
 from lib.clip_model import TINY_CLIP
 from lib.runs import BadInput
 from prompts import PromptError
@@ -192,7 +192,6 @@ WHERE = {
     "training": (train, "compute_losses", "a smaller --chunk or --batch-size"),
     "reading templates": (train, "template_features", "a smaller --chunk"),
     "encoding images": (features, "encode_images", "another --device"),
-    "classifying images": (ClassVectors, "logits", "another --device"),
     "computing": (train, "load_clip", "another --device"),
 }
 
@@ -297,11 +296,11 @@ def test_image_features_without_a_direction_are_refused(value, raw, spoiled, run
         run_train(f"--clip {spoiled('visual.proj', value)} {method}")
 
 
-@pytest.mark.parametrize("value, factor", [(100.0, "inf"), (math.nan, "nan"), (-200.0, "0")])
-def test_a_logit_scale_that_is_no_factor_is_refused(value, factor, spoiled, run_train):
+@pytest.mark.parametrize("value", [100.0, math.nan, -200.0])
+def test_a_logit_scale_that_is_no_factor_is_refused(value, spoiled, run_train):
     """100 itself instead of its logarithm, for example."""
     file = spoiled("logit_scale", value)
-    with pytest.raises(BadInput, match=rf"the scale of its logits is {factor}: are its weights"):
+    with pytest.raises(BadInput, match="the scale of the logits should be finite and not 0"):
         run_train(f"--clip {file}")
 
 
@@ -317,7 +316,7 @@ def test_logits_that_are_not_finite_are_no_answers(value, run_train, run_eval, t
     for words in ([], ["--images", tmp_path / "photo.png"]):
         status, lines, errors = run_eval(tmp_path / "run", *words)
         assert (status, errors) == (
-            2, ["the logits are not finite numbers: are the weights damaged?"]
+            2, ["the logits should be finite and not 0: are the weights damaged?"]
         )  # fmt: skip
         assert not any("%" in line for line in lines)
     assert files_of(tmp_path / "run") == ["checkpoint.pt", "result.json", "router.png"]

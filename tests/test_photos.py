@@ -22,7 +22,7 @@ import train
 from eval import load_run
 from lib import features as feature_cache
 from lib import world
-from lib.photos import find_photos, open_photo, say_what_was_not_turned, upright_rgb
+from lib.photos import find_photos, open_photo, say_remarks, upright_rgb
 from lib.runs import BadInput
 
 
@@ -316,7 +316,7 @@ def test_metadata_does_not_spoil_pixels(content, expected, tmp_path, capsys):
     image = open_photo(tmp_path / "photo")
     assert np.array_equal(image, expected)
     assert np.array_equal(upright_rgb(image), expected)  # nothing is turned twice
-    say_what_was_not_turned()
+    say_remarks()
     assert capsys.readouterr().err == ""
 
 
@@ -335,7 +335,7 @@ def test_what_could_not_be_turned_is_said_with_a_count_and_the_first_name(
     for name in ("first", "second"):
         (tmp_path / name).write_bytes(content)
         assert np.array_equal(open_photo(tmp_path / name), PIXELS)
-    say_what_was_not_turned()
+    say_remarks()
     assert f"damaged: 2, first {tmp_path}/first" in capsys.readouterr().err
 
 
@@ -399,3 +399,42 @@ def test_images_that_were_opened_and_not_read_stay_so(world_run, photos):
     for image in images:
         image.load()
     assert torch.equal(run.classify(images)[1], probabilities)
+
+
+# ------------------------------------------------------------------- pixels of more than 8 bits
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf, -9999, -3.4e38, 3.4e38])
+def test_missing_pixels_are_black_and_change_no_other(missing):
+    """They made the whole picture black, or all the rest of it white."""
+    whole = np.asarray(upright_rgb(Image.fromarray(RAMP.astype(np.float32))))
+    pixels = RAMP.astype(np.float32)
+    pixels[0, 1] = missing
+    found = np.array(upright_rgb(Image.fromarray(pixels)))
+    assert found[0, 1].tolist() == [0, 0, 0] and found[-1, -1].tolist() == [255, 255, 255]
+    found[0, 1] = whole[0, 1]
+    assert np.array_equal(found, whole)
+
+
+def test_a_tiff_says_which_pixels_are_missing(tmp_path):
+    pixels = RAMP.astype(np.float32)
+    pixels[0, 1] = -77
+    file = tmp_path / "scan.tif"
+    Image.fromarray(pixels).save(file, tiffinfo={42113: "-77"})
+    found = np.asarray(open_photo(file))
+    assert found[0, 1, 0] == 0 and found[4, 0, 0] == int(255 * 32 / 63)
+
+
+def test_a_picture_without_numbers_is_none(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "scan.tif")
+    with pytest.raises(BadInput, match="scan.tif: none of its pixels is a number"):
+        open_photo(tmp_path / "scan.tif")
+
+
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_grey_of_12_bits_is_as_bright_as_grey_of_16(most, tmp_path):
+    Image.fromarray((RAMP * most).round().astype(np.uint16)).save(tmp_path / "grey.png")
+    found = np.asarray(open_photo(tmp_path / "grey.png"))[..., 0]
+    assert abs(found - 255 * RAMP).max() < 1.1
