@@ -166,7 +166,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
     where to write the answer for every test image."""
     if csv_file:
-        check_output(csv_file, folder, [])
+        check_output(csv_file, folder)
     folder, run = Path(folder), load_run(folder, clip, device)
     config, groups, class_names, model, clip_model, fingerprint = run
     its_result = read_result(folder / "result.json")
@@ -179,6 +179,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     if its_own:  # a folder may have moved: it is known by its name and its classes
         own_names = select_classes(full_split, config["classes"]).class_names
         same = own_names == class_names and row_of(dataset) == row_of(config["dataset"])
+        same = same and (dataset == config["dataset"] or not os.path.exists(config["dataset"]))
     else:
         same = not file.exists() or read_result(file).get("target", dataset) == dataset
     if not same:
@@ -211,17 +212,17 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     result = its_result | measured
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
     result["target"] = config["dataset"] if its_own else dataset  # a folder by its full path
-    save_json(result, file)
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
     )
-    print(f"saved in {folder}: eval_{name}.json")
     if csv_file:
         truths = [split.class_names[item.label] for item in split.test]
         answers = map(best_answers, logits.softmax(dim=-1), itertools.repeat(split.class_names))
         rows = zip([item.path for item in split.test], truths, answers, weights.tolist())
         write_csv(csv_file, list(rows), model.templates)
+    save_json(result, file)
+    print(f"saved in {folder}: eval_{name}.json")
     predictions = logits.argmax(dim=-1)
     draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
     if model.templates:
@@ -289,7 +290,7 @@ def export(folder, file, clip=None, device=None):
     Raises BadInput for a run that has no prompts, or whose answer would be another one: if it
     shifts the prompts for each image or has changed the image encoder.
     """
-    check_output(file, folder, [])
+    check_output(file, folder)
     run = load_run(folder, clip, device)
     config, model = run.config, run.model
     if config["method"] in BASELINES or config["conditional"] or learns_images(config):
@@ -342,23 +343,25 @@ def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=
     """
     files = find_photos(paths)
     if csv_file:
-        check_output(csv_file, folder, files if names is None else [*files, names])
+        check_output(csv_file, folder)
     names = None if names is None else read_names(names)
     run = load_run(folder, clip, device)
     class_names, rows = names or run.class_names, []
     classify = run.classifier(class_names)
-    for photo, pixels in album_pixels(run.clip_model, files):
-        probabilities, weights = classify(run.photo_features([pixels]))
-        answers = best_answers(probabilities[0], class_names)
-        prompts = used_prompts(weights[0], run.model.templates)
-        said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
-        which = f"  [{' | '.join(prompts)}]" if prompts else ""
-        print(f"{photo}: {said}{which}", flush=True)
-        rows.append((photo, "", answers, weights[0].tolist()))
+    try:
+        for photo, pixels in album_pixels(run.clip_model, files):
+            probabilities, weights = classify(run.photo_features([pixels]))
+            answers = best_answers(probabilities[0], class_names)
+            prompts = used_prompts(weights[0], run.model.templates)
+            said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
+            which = f"  [{' | '.join(prompts)}]" if prompts else ""
+            print(f"{photo}: {said}{which}", flush=True)
+            rows.append((photo, "", answers, weights[0].tolist()))
+    finally:  # also of an album that was interrupted
+        if csv_file and rows:
+            write_csv(csv_file, rows, run.model.templates)
     if not rows:
         raise BadInput(f"none of {len(files)} images could be read")
-    if csv_file:
-        write_csv(csv_file, rows, run.model.templates)
     return len(files) - len(rows)
 
 

@@ -618,6 +618,9 @@ def run_in(folder, config, resume, device):
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
+    if (folder / "result.json").is_file():  # another process may have finished here meanwhile
+        its_config = runs.read_result(folder / "result.json")["config"]
+        runs.check_same_run(folder, its_config, config, defaults, MACHINE)
     runs.publish(folder, checkpoint, result)
     if model.templates:
         report.router_picture(result, folder / "router.png")

@@ -69,7 +69,11 @@ def join(device):
     """Joins the processes of torchrun, if there are any. From then on only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"WORLD_SIZE is set, but not by torchrun ({reason}): unset it") from error
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

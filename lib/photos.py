@@ -163,15 +163,17 @@ def find_photos(paths):
     return list(dict.fromkeys(found))
 
 
-def check_output(file, run_folder, inputs):
+def check_output(file, run_folder):
     """Raises BadInput for an output file that would lie in the run's folder or in no folder, or
-    would replace an input."""
+    would replace something else than an earlier output."""
     if file.resolve().is_relative_to(Path(run_folder).resolve()):
         raise BadInput(f"{file} would lie in the run's own folder: name another place")
     if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
         raise BadInput(f"cannot write {file}")
-    if file.resolve() in {Path(path).resolve() for path in inputs}:
-        raise BadInput(f"{file} would replace a file that is needed: name another")
+    if os.path.lexists(file) and not (
+        file.suffix in (".csv", ".npz") and file.is_file() and not file.is_symlink()
+    ):
+        raise BadInput(f"{file} exists and is not an earlier output: name another file")
 
 
 def write_csv(file, rows, templates):

@@ -284,13 +284,7 @@ def open_run(folder, config, resume, defaults, ignored):
         its_config = state["config"]
     elif begun:
         its_config = read_result(folder / "result.json")["config"]
-    for name in sorted(config.keys() - ignored):
-        its_value = its_config.get(name, defaults.get(name))
-        if its_value != config[name]:
-            raise BadInput(
-                f"{folder} holds a run with {name} {its_value} instead of {config[name]}:"
-                " remove it or choose another --out"
-            )
+    check_same_run(folder, its_config, config, defaults, ignored)
     if not resume:
         if stopped:
             print(f"{folder} holds this run, stopped halfway: starting over without --resume")
@@ -302,6 +296,17 @@ def open_run(folder, config, resume, defaults, ignored):
         sys.exit(0)
     print(f"resuming after epoch {state['epoch']}" if state else "nothing to resume: a fresh start")
     return state
+
+
+def check_same_run(folder, its_config, config, defaults, ignored):
+    """Raises BadInput if a folder's run has another configuration. See `open_run`."""
+    for name in sorted(config.keys() - ignored):
+        its_value = its_config.get(name, defaults.get(name))
+        if its_value != config[name]:
+            raise BadInput(
+                f"{folder} holds a run with {name} {its_value} instead of {config[name]}:"
+                " remove it or choose another --out"
+            )
 
 
 STATE = {  # what a resume.pt holds
@@ -347,7 +352,14 @@ def publish(folder, checkpoint, result):
         new_checkpoint.write_bytes(torch_bytes(checkpoint))
         with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before it
             new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            for name in ("checkpoint.pt", "router.png", "eval_*", "samples_*.png", "why.json"):
+            for name in (
+                "checkpoint.pt",
+                "router.png",
+                "eval_*.json",
+                "eval_*.png",
+                "samples_*.png",
+                "why.json",
+            ):
                 for stale in folder.glob(name):  # of the run that stood here before
                     if not stale.is_dir():
                         stale.unlink(missing_ok=True)

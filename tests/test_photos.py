@@ -127,9 +127,9 @@ def test_no_table_replaces_an_input_or_lies_in_the_run(world_run, photos, tmp_pa
     names.write_text("red circle\nblue star\n")
     first, *_ = sorted(photos.glob("*.png"))
     for table, said in (
-        (first, "would replace a file that is needed"),
-        (first.parent / "deep/.." / first.name, "would replace a file that is needed"),
-        (names, "would replace a file that is needed"),
+        (first, "is not an earlier output"),
+        (first.parent / "deep/.." / first.name, "is not an earlier output"),
+        (names, "is not an earlier output"),
         (world_run / "file", "in the run's own folder"),
         (tmp_path, "cannot write"),
         ("", "cannot write"),

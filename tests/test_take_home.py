@@ -70,6 +70,15 @@ def test_the_answer_for_every_test_image_is_written_as_a_table(
     assert sum(n for row in result["confusion"].values() for n in row.values()) == len(rows)
 
 
+def test_an_export_replaces_nothing_but_an_export(own_run, tmp_path):
+    (tmp_path / "clip.pt").write_text("weights")
+    for file, said in ((own_run / "checkpoint.pt", "run's own"), (tmp_path / "clip.pt", "earlier")):
+        before = file.read_bytes()
+        with pytest.raises(BadInput, match=said):
+            eval.export(own_run, file)
+        assert file.read_bytes() == before
+
+
 def test_macro_f1_and_confusion_are_those_worked_out_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
     answers = torch.tensor([0, 0, 0, 1, 1, 0, 0])

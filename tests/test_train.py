@@ -339,3 +339,16 @@ def test_output_into_a_closed_pipe_ends_quietly():
         shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_of_two_runs_in_one_folder_none_is_lost_in_silence(run_train, small, monkeypatch):
+    fit = train.fit
+
+    def fit_while_another_finishes(*arguments):
+        monkeypatch.setattr(train, "fit", fit)
+        run_train(f"{small} --shots 1 --epochs 1 --seed 2")
+        return fit(*arguments)
+
+    monkeypatch.setattr(train, "fit", fit_while_another_finishes)
+    with pytest.raises(BadInput, match="holds a run with seed 2 instead of 1"):
+        run_train(f"{small} --shots 1 --epochs 1")

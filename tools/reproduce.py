@@ -249,13 +249,13 @@ def run_again(todo, known):
 # --------------------------------------------------------------------------------- real datasets
 
 
-def real_jobs(tasks, methods, schedule, data):
+def real_jobs(tasks, methods, schedule, data, clip):
     """Base to new with 16 shots, three seeds: command lines for train.py."""
     for task in tasks:
         for method in methods:
             own = SCHEDULES[task] if schedule == "lasp" and method in ("mocoop", "lasp") else ""
             for seed in SEEDS:
-                run = f"--dataset {task} --classes base --seed {seed} --data {data}"
+                run = f"--dataset {task} --classes base --seed {seed} --data {data} --clip {clip}"
                 yield f"--method {method} {own} {run}"
 
 
@@ -596,9 +596,10 @@ def run_command_line():
     add("--methods", nargs="+", choices=LEARNED, default=LEARNED, help="of the real datasets")
     add("--schedule", choices=("lasp",), help="LASP's epochs per dataset for mocoop and lasp")
     add("--data", default="data", help="the folder that holds all datasets")
+    add("--clip", default="ViT-B/16", help="the CLIP of the real datasets")
     args = parser.parse_args()
     if args.tasks:
-        todo = real_jobs(args.tasks, args.methods, args.schedule, args.data)
+        todo = real_jobs(args.tasks, args.methods, args.schedule, args.data, args.clip)
         print(markdown(real_table(run_all(list(todo)))))
     elif args.again:
         run_again(list(jobs()), read_results())
