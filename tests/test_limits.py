@@ -155,6 +155,7 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run_train, tmp_path):
     assert files_of(tmp_path / "run") == ["checkpoint.pt", "result.json", "router.png"]
 
 
+@pytest.mark.slow
 def test_a_run_that_met_a_full_disk_goes_on_when_there_is_room(run_train, tmp_path, monkeypatch):
     whole = run_train(f"{SHORT} --out {tmp_path / 'whole'}")
     save, saved = runs.save_torch, []

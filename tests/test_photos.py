@@ -220,6 +220,7 @@ def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, kind,
     assert np.abs(grey - np.linspace(0, brightest, 256)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_file_name_that_is_no_unicode_costs_nothing(
     world_run, photos, tmp_path, capsys, monkeypatch
 ):

@@ -4,6 +4,7 @@ import json
 
 import clip
 import plain
+import pytest
 import torch
 from conftest import HERE, config_of
 from pytest import approx
@@ -106,6 +107,7 @@ def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
     assert made == kept and len(set(made)) == len(made)
 
 
+@pytest.mark.slow
 def test_a_run_is_made_once_and_gives_the_same_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
