@@ -134,8 +134,12 @@ def _one_ahead(load, batches):
 
 def _images_ahead(split, batches, size):
     """The same for batches of (path, view). Raises BadInput for unreadable images."""
+    load = functools.partial(load_image, split, size=size)
+    if split.folder is None:  # drawn by Python alone, which threads delay
+        yield from ([load(*item) for item in batch] for batch in batches)
+        return
     with all_unreadable(split):
-        yield from _one_ahead(functools.partial(load_image, split, size=size), batches)
+        yield from _one_ahead(load, batches)
 
 
 @contextlib.contextmanager

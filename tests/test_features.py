@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import clip
 import numpy as np
@@ -142,7 +143,8 @@ def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
 
     monkeypatch.setattr(features, "load_image", load)
     batches = [[(i, None) for i in range(n, n + 4)] for n in (0, 4, 8)]
-    stream = features._images_ahead(None, batches, 32)
+    folder = SimpleNamespace(folder=Path("photos"))
+    stream = features._images_ahead(folder, batches, 32)
     assert next(stream) == [0, 1, 2, 3]
     while len(loaded) < 8:
         time.sleep(0.001)
