@@ -1,6 +1,6 @@
 """Train a mixture of prompts for CLIP (MoCoOp, arXiv 2409.12011).
 
-    python train.py                                  # the built-in world: no network, 13 seconds
+    python train.py                                  # the built-in world, without network
     python train.py --dataset eurosat --shots 4      # downloads CLIP ViT-B/16 and EuroSAT if absent
     python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
     python train.py --resume ...                     # continue the run that the settings name
@@ -444,8 +444,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
         torch.set_rng_state(state["torch_rng"])
         if labels.is_cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-    size = config["batch_size"]
-    n_batches = max(1, len(labels) // size)  # the last, incomplete one is dropped
+    n_batches = max(1, len(labels) // config["batch_size"])  # the last, incomplete one is dropped
     start = time.time() - seconds  # include the time before an interruption
     model.train()
     for epoch in range(done, config["epochs"]):
@@ -454,8 +453,8 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
             part["lr"] = learning_rate(config["lr"] * part["factor"], *schedule)
         order = torch.randperm(len(labels), generator=order_rng)
         views = torch.randint(images.n_views, (len(labels),), generator=order_rng)
-        batches = order.split(size)[:n_batches]
-        batch_labels = labels[order.to(labels.device)].split(size)
+        batches = order.split(config["batch_size"])[:n_batches]
+        batch_labels = labels[order.to(labels.device)].split(config["batch_size"])
         history, used = [], 0
         steps = zip(images.batches(batches, views, epoch), batch_labels)
         for f, y in tqdm(steps, total=n_batches, leave=False, disable=None):  # (B, D), (B,)

@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 from zipfile import ZipFile
@@ -165,14 +164,6 @@ def replacing(path, way_out=""):
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-
-
-def remove_old_scratch(folder, age=24 * 3600):
-    """Removes temporary files that killed processes left in a folder a day ago or longer."""
-    for file in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > age:
-                file.unlink()
 
 
 ANOTHER_OUT = " and continue with --resume, or choose another --out"
@@ -364,7 +355,6 @@ def publish(folder, checkpoint, result):
                     if not stale.is_dir():
                         stale.unlink(missing_ok=True)
     (folder / "resume.pt").unlink(missing_ok=True)
-    remove_old_scratch(folder)
     print(
         f"after training:  {result['method']} {result['accuracy']:.2f} % on"
         f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
