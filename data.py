@@ -131,15 +131,15 @@ def few_shot_split(config):
 
     Raises BadInput as `load_split` does, and for a dataset that can only be tested on.
     """
-    whole = load_split(config["dataset"], config["data"])
-    if not whole.train:
-        where = f" in {whole.folder}" if config["dataset"] == "imagenet" else ""
+    full_split = load_split(config["dataset"], config["data"])
+    if not full_split.train:
+        where = f" in {full_split.folder}" if config["dataset"] == "imagenet" else ""
         raise BadInput(
             f"{config['dataset']} has no training images{where}: it can only be a target"
             " of eval.py RUN --dataset"
         )
-    sample = few_shot(whole, config["shots"], config["seed"])
-    return whole, select_classes(sample, config["classes"])
+    sample = few_shot(full_split, config["shots"], config["seed"])
+    return full_split, select_classes(sample, config["classes"])
 
 
 def class_slice(n, classes):

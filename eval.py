@@ -36,7 +36,6 @@ from lib.runs import (
     Parser,
     exit_on_bad_input,
     find_runs,
-    out_of_memory,
     read_lines,
     read_result,
     read_torch_file,
@@ -98,11 +97,9 @@ class Run(NamedTuple):
 
     def untrained(self, dataset, groups, class_names):
         """`zero_shot_and_ensemble` with a dataset's own template, these groups and names."""
-        text_encoder = text_encoder_of(self.config)
-        templates = all_templates(groups)
+        templates, text_encoder = all_templates(groups), text_encoder_of(self.config)
         features = template_features(self.clip_model, templates, class_names, text_encoder)
-        task = dataset, class_names, features, text_encoder
-        return zero_shot_and_ensemble(self.clip_model, *task)
+        return zero_shot_and_ensemble(self.clip_model, dataset, class_names, features, self.config)
 
     def photo_features(self, images):
         """Features (N, D) of PIL images, as the method takes them."""
@@ -124,15 +121,12 @@ def load_run(folder, clip=None, device=None):
     for name in ("checkpoint.pt", "result.json"):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} holds no finished run (no {name})")
-    checkpoint = read_torch_file(folder / "checkpoint.pt", "checkpoint of a run")
-    try:
-        stored, groups = checkpoint["config"], checkpoint["groups"]
-        state, fingerprint = checkpoint["model"], checkpoint["clip_fingerprint"]
-        class_names = checkpoint["class_names"]
-        for key in ("method", "dataset", "shots", "classes", "clip", "data"):
-            stored[key]  # raises KeyError
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{folder / 'checkpoint.pt'} lacks {error}") from error
+    file = folder / "checkpoint.pt"
+    checkpoint = read_torch_file(file, "checkpoint of a run")
+    if not checkpoint.keys() >= {"config", "groups", "class_names", "clip_fingerprint", "model"}:
+        raise BadInput(f"{file} is not the checkpoint of a run")
+    stored, groups, state = (checkpoint[key] for key in ("config", "groups", "model"))
+    class_names, fingerprint = checkpoint["class_names"], checkpoint["clip_fingerprint"]
     defaults = preset(stored["method"], stored["dataset"], stored["shots"])
     # A setting that is younger than the run has its default.
     config = vars(make_parser().parse_args([])) | defaults | stored
@@ -142,21 +136,16 @@ def load_run(folder, clip=None, device=None):
             f"{folder} was trained with another CLIP than {clip or config['clip']}"
             f" (weights {fingerprint[:8]}..., not {found[:8]}...): name it with --clip"
         )
+    if config["method"] in BASELINES:
+        model = ClassVectors(class_names, torch.empty_like(state["weight"]))
+    else:
+        prompt_names = checkpoint.get("prompt_names", class_names)
+        model = make_model(clip_model, groups, prompt_names, config)
+        attach(clip_model, model.image_side)
     try:
-        if config["method"] in BASELINES:
-            model = ClassVectors(class_names, torch.empty_like(state["weight"]))
-        else:
-            prompt_names = checkpoint.get("prompt_names", class_names)
-            model = make_model(clip_model, groups, prompt_names, config)
         model.load_state_dict(state)
-        if config["method"] not in BASELINES:
-            attach(clip_model, model.image_side)
-    except PromptError:  # says itself what is wrong
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise BadInput(f"{folder / 'checkpoint.pt'} does not fit the run it names") from error
+    except RuntimeError as error:
+        raise BadInput(f"{file} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()
     return Run(config, groups, class_names, model, clip_model, fingerprint)
 
@@ -175,8 +164,8 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     split = replace(select_classes(full_split, classes), train=[], val=[])
     name = f"{split.name}_{classes}"
     file = folder / f"eval_{name}.json"
-    its_own = split.name == dataset_name(config["dataset"])
-    if its_own:  # a folder may have moved: it is known by its name and its classes
+    own_dataset = split.name == dataset_name(config["dataset"])
+    if own_dataset:  # a folder may have moved: it is known by its name and its classes
         own_names = select_classes(full_split, config["classes"]).class_names
         same = own_names == class_names and row_of(dataset) == row_of(config["dataset"])
         same = same and (dataset == config["dataset"] or not os.path.exists(config["dataset"]))
@@ -193,14 +182,14 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     learned = learns_images(config)
     if learned:
         untrained_clip, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
-    plain = image_features(untrained_clip, fingerprint, split, split.test, what=what)
-    target_groups = groups if its_own else template_groups(dataset)
+    frozen_features = image_features(untrained_clip, fingerprint, split, split.test, what=what)
+    target_groups = groups if own_dataset else template_groups(dataset)
     untrained = run.untrained(dataset, target_groups, split.class_names)
     zero_shot, ensemble = (
-        report.accuracy_on(m, split, split.test, plain) for m in untrained.values()
+        report.accuracy_on(m, split, split.test, frozen_features) for m in untrained.values()
     )
 
-    features = plain
+    features = frozen_features
     if learned or run.takes_raw:
         options = {"cached": not learned, "raw": run.takes_raw}
         features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
@@ -211,7 +200,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     )
     result = its_result | measured
     result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
-    result["target"] = config["dataset"] if its_own else dataset  # a folder by its full path
+    result["target"] = config["dataset"] if own_dataset else dataset  # a folder by its full path
     print(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
@@ -385,6 +374,16 @@ def print_pictures(folder):
     print(f"saved in {folder}: {', '.join(drawn)}")
 
 
+READS = {  # what is asked for, the first of these that is given: what it takes notice of
+    "table": (),
+    "plots": (),
+    "words": ("run", "clip", "device"),
+    "export": ("run", "clip", "device"),
+    "images": ("run", "clip", "device", "names", "csv"),
+    "run": ("clip", "device", "dataset", "classes", "data", "csv"),
+}
+
+
 def run_command_line():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -410,17 +409,9 @@ def run_command_line():
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    # What a run is asked for: its answers on test images, unless one of these is given.
-    target, album = {"dataset", "classes", "data"}, {"images", "names"}
-    no_effect = {"names"}
-    if args.images:
-        no_effect = target | {"words", "export"}
-    elif args.words or args.export:
-        no_effect = target | album | {"csv"} | ({"export"} if args.words else set())
-    if args.run is None:
-        no_effect = vars(args).keys() - {"run", "table", "plots"}
-    for name in sorted(no_effect):
-        if getattr(args, name):
+    action = next((name for name in READS if getattr(args, name)), "run")
+    for name, value in vars(args).items():
+        if value and name not in (action, *READS[action]):
             parser.error(f"--{name} has no effect here")
     if args.table:
         print(report.runs_table(find_runs(args.table)))

@@ -126,10 +126,10 @@ class TextEncoder:
         # all the same, and EOT is the one token that every CLIP has an embedding of.
         padded = [[*ids, *[EOT] * (length - len(ids))] for ids in flat]
         ids = torch.tensor(padded, device=device)  # (N, L)
-        self.where = torch.nonzero(ids >= VOCABULARY, as_tuple=True)  # the places of vectors
-        self.which = ids[self.where] - VOCABULARY  # the vector of each
+        self.vector_positions = torch.nonzero(ids >= VOCABULARY, as_tuple=True)
+        self.vector_rows = ids[self.vector_positions] - VOCABULARY  # the vector at each of them
         self.tokens = ids.masked_fill(ids >= VOCABULARY, EOT)
-        self.end = torch.tensor([len(ids) - 1 for ids in flat], device=device)  # (N,)
+        self.eot_positions = torch.tensor([len(ids) - 1 for ids in flat], device=device)  # (N,)
 
     def __call__(self, vectors=None):
         """Features of all sentences, not normalised: (G, C, D).
@@ -144,7 +144,7 @@ class TextEncoder:
         # assignment is what gradients go through on their way back to the vectors.
         x = clip_model.token_embedding(self.tokens).float()  # (N, L, W)
         if vectors is not None:
-            x[self.where] = vectors[self.which]
+            x[self.vector_positions] = vectors[self.vector_rows]
 
         # From here on it is CLIP: positions, transformer, and the feature at EOT.
         x = x + clip_model.positional_embedding[:length]
@@ -154,7 +154,7 @@ class TextEncoder:
             y = block.ln_1(x)
             x = x + block.attn(y, y, y, need_weights=False, attn_mask=causal)[0]
             x = x + block.mlp(block.ln_2(x))
-        x = x[self.end, torch.arange(len(self.end), device=x.device)]  # (N, W)
+        x = x[self.eot_positions, torch.arange(x.shape[1], device=x.device)]  # (N, W)
         x = clip_model.ln_final(x) @ clip_model.text_projection  # (N, D)
         return x.view(*self.shape, -1)
 

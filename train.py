@@ -526,44 +526,30 @@ def run(config, resume=False):
 def run_in(folder, config, resume, device):
     """The run itself: data, CLIP, baselines, training, results."""
     defaults = preset(config["method"], config["dataset"], config["shots"], config["batch_size"])
-    has_prompts, groups = config["method"] not in BASELINES, named_groups(config)
+    has_prompts = config["method"] not in BASELINES
     state = runs.open_run(folder, config, resume, defaults, MACHINE)
     full_split, split = few_shot_split(config)
     if config["method"] in PROBES and not split.val:
         raise BadInput("a linear probe chooses its strength on val images, and there are none")
     clip_model, fingerprint = load_clip(config["clip"], device)
-    text_encoder = text_encoder_of(config)
-    read = partial(template_features, clip_model, text_encoder=text_encoder)
-    read = runs.doing("reading templates", "try a smaller --chunk")(read)
-
-    # Training may see the names of all classes, also of those that have no images here: the text
-    # loss runs over all. Without it, names without images would change nothing.
-    training_names, seen = split.class_names, slice(None)
-    if config["text_weight"] and config["text_names"] == "all":
-        training_names = full_split.class_names
-        seen = class_slice(len(training_names), config["classes"])
-    if config["groups"] == "auto":
-        templates = all_templates(groups)
-        features = read(templates, training_names)
-        groups = group_templates(templates, features, config["n_groups"])
+    prompt_names, seen = names_in_training(config, full_split, split)
+    groups, hard = grouped_text(clip_model, prompt_names, config)
     if has_prompts and config["top_k"] > max(len(groups), defaults["top_k"]):
         # Only a number that was given is refused; the default is lowered if it must be.
         raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
-    prompt_names = training_names  # that the prompts are read with, saved with the model
-    hard = hard_text(read(all_templates(groups), prompt_names), groups)
     torch.manual_seed(config["seed"])
     model = make_model(clip_model, groups, prompt_names, config) if has_prompts else None
     made_of = runs.check_made_of(folder, state, [groups, fingerprint, prompt_names, split.train])
     report.announce(config, split, model)
 
-    def features_of(what, **options):
-        items = getattr(split, what)
-        what = "training images" if what == "train" else f"{what} images"
+    def features_of(part, **options):
+        what = "training images" if part == "train" else f"{part} images"
+        items = getattr(split, part)
         return image_features(clip_model, fingerprint, split, items, what=what, **options)
 
     test, val = features_of("test"), features_of("val")
     untrained = zero_shot_and_ensemble(
-        clip_model, split.dataset, split.class_names, hard.features[:, seen], text_encoder
+        clip_model, split.dataset, split.class_names, hard.features[:, seen], config
     )
     zero_shot, ensemble = (
         report.accuracy_on(m, split, split.test, test) for m in untrained.values()
@@ -571,28 +557,17 @@ def run_in(folder, config, resume, device):
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
     seconds, usage = 0.0, []
-    labels, val_labels = (split.labels(items).to(device) for items in (split.train, split.val))
     if has_prompts:
-        # The learnable part goes into the encoder only now: baselines are CLIP's as it was.
-        attach(clip_model, model.image_side)
-        live = learns_images(config)
-        images = training_features(clip_model, fingerprint, split, config["views"], live)
-        if not live:
-            clip_model.visual = None  # all images are encoded: its memory is free for training
-
-        def save(snapshot):
-            content = {"config": config, "made_of": made_of, **snapshot}
-            runs.save_torch(content, folder / "resume.pt")
-
-        with runs.doing("training", "try a smaller --chunk or --batch-size"):
-            seconds, usage = fit(model, images, labels, hard, seen, save, state)
-        if live:  # the encoder is another one now
+        save = partial(runs.save_state, folder, config, made_of)
+        task = clip_model, fingerprint, split, hard, seen
+        seconds, usage = train_prompts(model, *task, save, state)
+        if learns_images(config):  # the encoder is another one now
             test, val = features_of("test", cached=False), features_of("val", cached=False)
     elif config["method"] in PROBES:
-        raw, start = config["method"] == "linear", None  # CoOp's probe, on features as they are
-        if not raw:
-            start = untrained["zeroshot"].scale * untrained["zeroshot"].weight
+        raw = config["method"] == "linear"  # CoOp's probe, on features as they are
+        start = None if raw else untrained["zeroshot"].scale * untrained["zeroshot"].weight
         own, test, val = (features_of(part, raw=raw) for part in ("train", "test", "val"))
+        labels, val_labels = (split.labels(part).to(device) for part in (split.train, split.val))
         model, seconds = fit_probe(split.class_names, own, val, labels, val_labels, start)
     else:
         model = untrained[config["method"]]
@@ -617,9 +592,6 @@ def run_in(folder, config, resume, device):
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
-    if (folder / "result.json").is_file():  # another process may have finished here meanwhile
-        its_config = runs.read_result(folder / "result.json")["config"]
-        runs.check_same_run(folder, its_config, config, defaults, MACHINE)
     runs.publish(folder, checkpoint, result)
     if model.templates:
         report.router_picture(result, folder / "router.png")
@@ -628,13 +600,49 @@ def run_in(folder, config, resume, device):
     return result
 
 
-def zero_shot_and_ensemble(clip_model, dataset, class_names, features, text_encoder):
+def names_in_training(config, full_split, split):
+    """The class names that the prompts are read with in training, and the slice of them that has
+    images. The text loss runs over the names of all classes; without it, names without images
+    would change nothing."""
+    if not config["text_weight"] or config["text_names"] == "seen":
+        return split.class_names, slice(None)
+    names = full_split.class_names
+    return names, class_slice(len(names), config["classes"])
+
+
+def grouped_text(clip_model, class_names, config):
+    """The run's groups of templates, and their `HardText` with these names."""
+    groups, text_encoder = named_groups(config), text_encoder_of(config)
+    with runs.doing("reading templates", "try a smaller --chunk"):
+        if config["groups"] == "auto":
+            templates = all_templates(groups)
+            features = template_features(clip_model, templates, class_names, text_encoder)
+            groups = group_templates(templates, features, config["n_groups"])
+        templates = all_templates(groups)
+        features = template_features(clip_model, templates, class_names, text_encoder)
+    return groups, hard_text(features, groups)
+
+
+def train_prompts(model, clip_model, fingerprint, split, hard, seen, save, state):
+    """Trains a mixture on the training images of a split. Returns what `fit` does."""
+    # The learnable part goes into the encoder only now: baselines are CLIP's as it was.
+    attach(clip_model, model.image_side)
+    live = learns_images(model.config)
+    images = training_features(clip_model, fingerprint, split, model.config["views"], live)
+    if not live:
+        clip_model.visual = None  # all images are encoded: its memory is free for training
+    labels = split.labels(split.train).to(clip_model.logit_scale.device)
+    with runs.doing("training", "try a smaller --chunk or --batch-size"):
+        return fit(model, images, labels, hard, seen, save, state)
+
+
+def zero_shot_and_ensemble(clip_model, dataset, class_names, features, config):
     """CLIP as it is, the baselines that learn nothing: {"zeroshot": ..., "ensemble": ...}.
 
     zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
     templates' features (T, C, D) averaged and normalised. Both hold one vector per class.
     """
-    template = row_of(dataset).zero_shot
+    template, text_encoder = row_of(dataset).zero_shot, text_encoder_of(config)
     one = template_features(clip_model, [template], class_names, text_encoder)[0]
     mean = F.normalize(features.mean(dim=0), dim=-1)
     vectors, scale = {"zeroshot": one, "ensemble": mean}, clip_model.logit_scale.exp().item()

@@ -66,7 +66,7 @@ class Block:
     def activation(self, hidden):
         return F.silu(hidden, inplace=not hidden.requires_grad)
 
-    def first_places(self, x):
+    def first_positions(self, x):
         """The block's output at the first position of each row alone: (R, L, W) -> (R, W)."""
         normed, width = self.norm_1(x).to(self.dtype), x.shape[-1]
         q = F.linear(normed[:, :1], self.qkv_weight[:width], self.qkv_bias[:width])
@@ -111,4 +111,4 @@ def encode_images(clip_model, pixels, dtype):
     for block in blocks:
         attended = block.attend(*block.queries_keys_values(x).chunk(3, dim=-1))
         x = block.after_attention(x, attended)
-    return visual.ln_post(last.first_places(x)) @ visual.proj
+    return visual.ln_post(last.first_positions(x)) @ visual.proj

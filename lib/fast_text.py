@@ -8,20 +8,20 @@ Prompt learning reads the same few prompts with every class name, in every step:
 
 Here the sentences of a prompt form a tree, as they begin alike, and so may the names in them:
 
-    SOS a photo of a -- red -- star EOT         A place of the tree is a token with what stands
+    SOS a photo of a -- red -- star EOT         A node of the tree is a token with what stands
                      |      \\- ring EOT         before it. What the encoder computes there is the
                       \\- blue -- ring EOT       same for all sentences that pass through it.
 
-Each place is computed once, and nothing after an EOT is. Every number is the one that `TextEncoder`
+Each node is computed once, and nothing after an EOT is. Every number is the one that `TextEncoder`
 in prompts.py computes. Trees are independent of each other, so bounding the memory (some trees at
 a time) and splitting the work over processes (a part of each) both mean: take some of the trees.
 
-Places are numbered depth first. `last[j]` is the last place below place j in the tree, so j stands
-before i, or is i, exactly if j <= i <= last[j]. All but attention works on places, one by one.
+Nodes are numbered depth first. `last[j]` is the last node below node j in the tree, so j stands
+before i, or is i, exactly if j <= i <= last[j]. All but attention works on nodes, one by one.
 Attention works on *rows* of neighbouring sentences: a row that begins in the middle of the tree
 repeats the path to its first sentence. A mask keeps the sentences of a row apart.
 
-Letters in shapes: P places, R rows, L places in a row, N sentences, W width of the encoder, D of
+Letters in shapes: P nodes, R rows, L nodes in a row, N sentences, W width of the encoder, D of
 its output, G prompts, C classes, V learned vectors.
 """
 
@@ -37,7 +37,7 @@ from lib import parallel
 from lib.fast_clip import blocks_of
 
 CHUNK = {"cpu": 1024, "cuda": 8192}  # sentences encoded at a time; 8,192 keep 5 GB at CLIP's sizes
-# In a row of L places, each costs attention over L others, and this much for moving it there and
+# In a row of L nodes, each costs attention over L others, and this much for moving it there and
 # back. (Measured; a wide range is as good.)
 MOVING = 40
 
@@ -156,12 +156,12 @@ def encode_piece(clip_model, table, piece, dtype):
 class Piece:
     """Sentences that are encoded together, all on one device."""
 
-    token: torch.Tensor  # (P,): what stands at each place, an index into a table of embeddings
+    token: torch.Tensor  # (P,): what stands at each node, an index into a table of embeddings
     position: torch.Tensor  # (P,): how many tokens stand before it
-    rows: torch.Tensor  # (R, L): the places that attention works on
-    mask: torch.Tensor  # (R, 1, L, L): 0 where one place of a row looks at another, else -inf
-    first: torch.Tensor  # (P,): where in the flattened rows a place stands first
-    ends: torch.Tensor  # (N,): the place of each sentence's EOT
+    rows: torch.Tensor  # (R, L): the nodes that attention works on
+    mask: torch.Tensor  # (R, 1, L, L): 0 where one node of a row looks at another, else -inf
+    first: torch.Tensor  # (P,): where in the flattened rows a node stands first
+    ends: torch.Tensor  # (N,): the node of each sentence's EOT
     sentence: torch.Tensor  # (N,): which sentence that is
 
     def moved(self, tokens, sentences):
@@ -217,7 +217,7 @@ def _shared_prefixes(sentences):
 
 
 def _best_length(sizes):
-    """The length of row at which attention costs least. Long rows hold fewer places twice, short
+    """The length of row at which attention costs least. Long rows hold fewer nodes twice, short
     ones compute less of what the mask hides. sizes: of each tree, [(tokens, shared prefix)]."""
     longest = max(size for tree in sizes for size, _ in tree)
     whole = max(sum(size - n for size, n in tree) for tree in sizes)
@@ -240,8 +240,8 @@ def _lay_out(tree, shared, length, device):
     """The piece of one tree. tree: [(number, sentence)], sorted by sentence."""
     token, position, first, last, ends, rows, path = [], [], [], [], [], [], []
     for (_, sentence), n in zip(tree, shared):
-        for place in path[n:]:  # the tree goes on without these
-            last[place] = len(token) - 1
+        for node in path[n:]:  # the tree goes on without these
+            last[node] = len(token) - 1
         new = range(len(token), len(token) + len(sentence) - n)
         path = [*path[:n], *new]
         if not rows or len(rows[-1]) + len(new) > length:
@@ -253,10 +253,10 @@ def _lay_out(tree, shared, length, device):
         first.extend(range(start, start + len(new)))
         last.extend(new)
         ends.append(path[-1])
-    for place in path:
-        last[place] = len(token) - 1
+    for node in path:
+        last[node] = len(token) - 1
 
-    # A short row is filled with a place that sees only itself; it is computed as place 0 and
+    # A short row is filled with a node that sees only itself; it is computed as node 0 and
     # never read.
     nowhere = len(token)
     padded = [row + [nowhere] * (length - len(row)) for row in rows]

@@ -418,11 +418,8 @@ def ablation_figure(runs):
     labels = [f.replace("_", " ") or "MoCoOp" for f in flags]
     for axes, panel in zip(grid, panels):
         means, stds = np.array([rows[f].get(panel, (np.nan, 0)) for f in flags]).T
-        colours = ["0.35" if f == "" else "0.75" for f in flags]
-        axes.barh(labels, means, xerr=stds, color=colours, edgecolor="black", lw=0.5, capsize=2)
-        axes.axvline(means[flags.index("")], color="black", lw=0.8, ls=":")
-        low, high = np.nanmin(means - stds), np.nanmax(means + stds)
-        width = max(high - low, 1)  # all may be equal
-        axes.set(xlabel=panel, xlim=(low - 0.3 * width, high + 0.1 * width))
-    figure.suptitle(f"{runs[0][0]['dataset']}, {most} shots: bars do not start at 0", fontsize=10)
+        axes.errorbar(means, labels, xerr=stds, fmt="ko", capsize=2)
+        axes.axvline(means[flags.index("")], color="grey", lw=0.8, ls=":")
+        axes.set(xlabel=panel)
+    figure.suptitle(f"{runs[0][0]['dataset']}, {most} shots, mean ± std", fontsize=10)
     return figure

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -306,6 +305,11 @@ STATE = {  # what a resume.pt holds
 }
 
 
+def save_state(folder, config, made_of, state):
+    """Saves in a run's folder what its training needs to continue."""
+    save_torch({"config": config, "made_of": made_of, **state}, folder / "resume.pt")
+
+
 def _read_state(file):
     """A `resume.pt` as a dictionary. Raises BadInput if it is not one."""
     try:
@@ -361,21 +365,22 @@ def publish(folder, checkpoint, result):
     )
 
 
+RESULT = {  # what tables and pictures need of a result.json
+    *("dataset", "classes", "method", "label", "changed_flags", "clip", "n_prompts", "n_train"),
+    *("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "prompt_usage", "router", "config"),
+}
+SETTINGS = {"dataset", "classes", "shots", "seed", "groups"}
+
+
 def read_result(path):
     """A `result.json` as a dictionary. Raises BadInput if it is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [result[key] for key in ("accuracy", "zero_shot_accuracy", "ensemble_accuracy")]
-        names = [result[key] for key in ("dataset", "classes", "n_prompts", "n_train", "method")]
-        settings = [result["config"][k] for k in ("dataset", "classes", "shots", "seed", "clip")]
-        parts = isinstance(result["router"], dict) and isinstance(result["prompt_usage"], dict)
-        complete = None not in (*names, *settings) and parts and all(map(math.isfinite, numbers))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        complete = result.keys() >= RESULT and result["config"].keys() >= SETTINGS
+    except (OSError, ValueError, AttributeError, RecursionError):
         complete = False
     if not complete:
         raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
-    if not {"label", "changed_flags"} <= result.keys():
-        raise BadInput(f"{path} is from an older version: remove its folder and run again")
     return result
 
 

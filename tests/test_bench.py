@@ -32,7 +32,7 @@ def test_each_row_computes_fewer_tokens(steps):
     assert tokens["straightforward"] == 8 * 20 * 24  # 24 positions, this CLIP's
     # SOS a low resolution photo of the red ring EOT
     assert tokens["stop at EOT"] == tokens["attention in one kernel"] == 8 * 20 * 11
-    assert tokens["each place once"] < tokens["shared beginnings"] < tokens["stop at EOT"] / 2
+    assert tokens["each node once"] < tokens["shared beginnings"] < tokens["stop at EOT"] / 2
     assert tokens["CoOp, one prompt, 77 positions, images encoded once"] == 20 * 24
 
 

@@ -61,7 +61,10 @@ def test_what_is_no_run_is_refused(own_run, tmp_path):
     file.write_bytes(whole)
     lacking = checkpoint(own_run)
     del lacking["model"]["router.gate.bias"]
-    for content, said in ((lacking, "does not fit the run it names"), ({}, "lacks 'config'")):
+    for content, said in (
+        (lacking, "does not fit the run it names"),
+        ({}, "is not the checkpoint of a run"),
+    ):
         torch.save(content, file)
         with pytest.raises(BadInput, match=f"checkpoint.pt {said}"):
             eval.load_run(own_run)

@@ -72,7 +72,7 @@ def blocks_with_quick_gelu(transformer, dtype):
     return blocks
 
 
-class EachPlaceOnce(FastTextEncoder):
+class EachNodeOnce(FastTextEncoder):
     """Ours, but for QuickGELU."""
 
     def __call__(self, vectors=None):
@@ -80,8 +80,8 @@ class EachPlaceOnce(FastTextEncoder):
             return super().__call__(vectors)
 
 
-class SharedBeginnings(EachPlaceOnce):
-    """Computes every place of every row: also those that stand in several rows, and padding."""
+class SharedBeginnings(EachNodeOnce):
+    """Computes every node of every row: also those that stand in several rows, and padding."""
 
     def __init__(self, clip_model, sentences):
         super().__init__(clip_model, sentences)
@@ -114,7 +114,7 @@ STEPS = {  # name: text encoder, method, whether images are encoded in the step
     "stop at EOT": (TextEncoder, "mocoop", False),
     "attention in one kernel": (OneKernel, "mocoop", False),
     "shared beginnings": (SharedBeginnings, "mocoop", False),
-    "each place once": (EachPlaceOnce, "mocoop", False),
+    "each node once": (EachNodeOnce, "mocoop", False),
     "QuickGELU as silu": (FastTextEncoder, "mocoop", False),
     "CoOp, one prompt, 77 positions, images encoded once": (AllPositions, "coop", False),
 }
@@ -333,7 +333,7 @@ def image_encoders(width, layers, patch, n, device):
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     last = blocks_of(clip_model.visual.transformer, dtype)[-1]
 
-    def every_place(x):  # in the last block, too
+    def every_position(x):  # in the last block, too
         mixed = last.attend(*last.queries_keys_values(x).chunk(3, dim=-1))
         return last.after_attention(x, mixed)[:, 0]
 
@@ -343,14 +343,14 @@ def image_encoders(width, layers, patch, n, device):
             clip_model.encode_image(images)
 
     @torch.no_grad()
-    def ours(first_places):
-        last.first_places = first_places
+    def ours(first_positions):
+        last.first_positions = first_positions
         encode_images(clip_model, images, dtype)
 
     return {
         "clip's own": clips_own,
-        "blocks made ready": partial(ours, every_place),
-        "class token alone in the last": partial(ours, last.first_places),
+        "blocks made ready": partial(ours, every_position),
+        "class token alone in the last": partial(ours, last.first_positions),
     }
 
 

@@ -21,6 +21,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -203,8 +204,9 @@ def pick(dictionary, *keys):
 def run_all(todo, again=False):
     """The lines of all runs, in their order."""
     n_processes = 1 if torch.cuda.is_available() else n_threads()
-    with multiprocessing.get_context("spawn").Pool(n_processes) as pool:
-        return list(tqdm(pool.imap(partial(run_job, again=again), todo), total=len(todo)))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
+        return list(tqdm(pool.map(partial(run_job, again=again), todo), total=len(todo)))
 
 
 def key_of(result):
@@ -262,37 +264,27 @@ def real_jobs(tasks, methods, schedule, data, clip):
 def real_table(lines):
     """Base to new per dataset, what LASP's authors report of their own code beside it, and the
     averages over the datasets beside the papers' over eleven."""
-    found = defaultdict(lambda: defaultdict(list))  # (task, method) -> measure -> of each seed
-    for result, evaluations, _ in lines:
-        new = next((e for e in evaluations if e["classes"] == "new"), {})
-        kinds = {
-            "zero-shot": "zero_shot_accuracy",
-            "ensemble": "ensemble_accuracy",
-            result["method"]: "accuracy",
-        }
-        for method, name in kinds.items():
-            own = found[result["dataset"], method]
-            own["base"].append(result[name])
-            if new:
-                own["new"].append(new[name])
-    rows = []
-    for (task, method), own in found.items():
-        base, new = (np.mean(own[half]) if own[half] else None for half in ("base", "new"))
-        rows.append((task, method, base, new))
-    methods = list(dict.fromkeys(method for _, method, *_ in rows))
-    for method in methods if len({task for task, *_ in rows}) > 1 else []:
-        halves = zip(*((b, n) for _, m, b, n in rows if m == method))
-        means = (None if None in of else np.mean(of) for of in halves)
-        rows.append(("average", method, *means))
+    results, means = Results(lines), {}  # (task, method): (base, new), NaN where there is none
+    for run, *_ in lines:
+        labels = {"zero-shot": "zero-shot", "ensemble": "ensemble", run["method"]: run["label"]}
+        for method, label in labels.items():
+            found = results.measures(run["dataset"], label)
+            halves = ([*found[half].values()] or [np.nan] for half in ("base", "new"))
+            means[run["dataset"], method] = tuple(map(np.mean, halves))
+    for method in dict.fromkeys(method for _, method in means):
+        every = [mean for (_, m), mean in means.items() if m == method]
+        if len(every) > 1:
+            means["average", method] = tuple(np.mean(every, axis=0))
 
     def cells(base, new):
-        h = None if None in (base, new) else harmonic_mean(base, new)
-        return ["–" if x is None else f"{x:.1f}" for x in (base, new, h)]
+        return [
+            f"{x:.1f}" if np.isfinite(x) else "–" for x in (base, new, harmonic_mean(base, new))
+        ]
 
     table = [["dataset", "method", "base", "new", "H", "reported: base", "new", "H"]]
-    for task, method, base, new in rows:
-        reported = PAPERS.get((task, method), (None, None))
-        table.append([task, NAMES[method], *cells(base, new), *cells(*reported)])
+    for (task, method), mean in means.items():
+        reported = PAPERS.get((task, method), (np.nan, np.nan))
+        table.append([task, NAMES[method], *cells(*mean), *cells(*reported)])
     return table
 
 
