@@ -369,7 +369,7 @@ def print_pictures(folder):
     if not drawn:
         raise BadInput(
             f"nothing to draw below {folder}: curves need a method's own settings at several"
-            " numbers of shots, maps and bars a plain run of mocoop"
+            " numbers of shots, maps and ablations a plain run of mocoop"
         )
     print(f"saved in {folder}: {', '.join(drawn)}")
 
