@@ -1,19 +1,11 @@
 """The fast text encoder: the plain one's numbers, with less work, in less memory, in parts."""
 
-import copy
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_prompts import (
-    AWKWARD,
-    EVERY_TEMPLATE,
-    NAMES,
-    REAL_NAMES,
-    gradients,
-    largest_difference,
-)
+from test_prompts import AWKWARD, EVERY_TEMPLATE, NAMES, gradients, largest_difference
 
 from lib import parallel
 from lib.fast_text import FastTextEncoder, pack
@@ -43,19 +35,14 @@ def sentences_of(clip_model, templates, names):
     return SoftPrompts(clip_model, templates, names, text_encoder=lambda _, ids: ids).encoder
 
 
-@pytest.mark.parametrize("chunk, sets", [(None, []), (100, []), (None, [2]), (100, [2])])
+@pytest.mark.parametrize("chunk, sets", [(None, []), (100, [2])])
 def test_the_templates_of_all_datasets_are_read_alike(random_clip, chunk, sets):
     check(random_clip, sentences_of(random_clip, EVERY_TEMPLATE, NAMES + AWKWARD), chunk, *sets)
 
 
-def test_real_class_names_are_read_alike(random_clip):
-    templates = ["a photo of a {}, a type of flower.", "{} texture."]
-    check(random_clip, sentences_of(random_clip, templates, REAL_NAMES), None)
-
-
 def random_sentences(rng):
     """Many begin alike, some are the same; words and vectors stand anywhere."""
-    ids, n_classes = [320, 1125, 2368, *range(VOCABULARY, VOCABULARY + 3)], rng.randint(1, 40)
+    ids, n_classes = [320, 1125, 2368, *range(VOCABULARY, VOCABULARY + 3)], rng.randint(1, 12)
     sentences = []
     for _ in range(rng.randint(1, 5)):
         start = [SOS, VOCABULARY, *rng.choices(ids, k=rng.randint(0, 8))]
@@ -64,18 +51,10 @@ def random_sentences(rng):
     return sentences
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_sentences_are_read_alike(random_clip, seed):
     rng = random.Random(seed)
     check(random_clip, random_sentences(rng), rng.choice([None, 1, 7]), *rng.choice([[], [3]]))
-
-
-def test_sentences_without_vectors_are_read_alike(random_clip):
-    sentences = [[[SOS, 320, *[word] * n, EOT] for n in range(5)] for word in (1125, 2368)]
-    plain = TextEncoder(random_clip, sentences)()
-    for chunk in (None, 2):
-        fast = FastTextEncoder(random_clip, sentences, chunk)()
-        assert largest_difference(fast, plain) < 1e-5
 
 
 # --------------------------------------------------------------------------------- less work
@@ -108,27 +87,10 @@ def test_half_precision_is_used_exactly_where_gradients_are_recorded(random_clip
     assert largest_difference(encoder(vectors.detach()), exact) < 1e-5
 
 
-@pytest.mark.parametrize("chunk, sets", [(None, []), (4, [2])])
-def test_a_step_needs_no_number_from_the_device(random_clip, chunk, sets):
-    """On the meta device tensors have shapes and no values. So whatever makes a GPU wait for a
-    value, such as `item`, `nonzero` or a mask as an index, fails there."""
-    sentences = sentences_of(random_clip, EVERY_TEMPLATE[:3], NAMES)
-    encoder = FastTextEncoder(random_clip, sentences, chunk)
-    for part in (encoder, *encoder.batches):
-        for name, value in vars(part).items():
-            if isinstance(value, torch.Tensor):
-                setattr(part, name, value.to("meta"))
-    encoder.clip_model = copy.deepcopy(random_clip).to("meta")
-    vectors = vectors_of(sentences, *sets).detach().to("meta").requires_grad_()
-    encoder(vectors).sum().backward()
-    assert vectors.grad.shape == vectors.shape
-
-
 # ----------------------------------------------------------------------------------- in parts
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("world, chunk", [(2, 2), (8, None)])
 def test_the_parts_of_all_processes_add_up(random_clip, monkeypatch, world, chunk):
     """Each process encodes sentences of its own; a process without any takes part, too."""
     sentences = sentences_of(random_clip, EVERY_TEMPLATE[:3], [*NAMES, "sea", "red star"])
@@ -155,12 +117,11 @@ def saved_bytes(action):
     return sum(t.nbytes for t in kept.values())
 
 
-@pytest.mark.parametrize("sets", [[], [3]])
-def test_in_chunks_nothing_inside_the_encoder_is_kept(random_clip, sets):
+def test_in_chunks_nothing_inside_the_encoder_is_kept(random_clip):
     sentences = sentences_of(random_clip, EVERY_TEMPLATE[:10], NAMES)
     whole, parts = (FastTextEncoder(random_clip, sentences, chunk) for chunk in (None, 9))
     assert all(len(piece.sentence) <= 9 for piece in parts.batches)
-    vectors = vectors_of(sentences, *sets)
+    vectors = vectors_of(sentences)
     features = parts(vectors).nbytes
     assert saved_bytes(lambda: whole(vectors)) > 20 * features
     assert saved_bytes(lambda: parts(vectors)) < 8 * features
