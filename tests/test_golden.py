@@ -27,6 +27,18 @@ def close(ours, golden):
         assert np.abs(ours - golden).max() <= 1e-5 * np.abs(golden).max()
 
 
+def load(name):
+    """(arrays, what its `meta` says)"""
+    with np.load(HERE / f"golden/golden_{name}.npz") as file:
+        golden = dict(file)
+    return golden, json.loads(str(golden["meta"]))
+
+
+def groups_of(meta):
+    template = iter(meta["templates"])
+    return [[next(template) for _ in range(n)] for n in meta["groups"]]
+
+
 def clip_of(golden, meta):
     model = CLIP(*meta["clip_args"]).float()
     state = {k[5:]: torch.tensor(v) for k, v in golden.items() if k.startswith("clip/")}
@@ -39,12 +51,8 @@ def clip_of(golden, meta):
 @pytest.mark.parametrize("text_encoder", [TextEncoder, FastTextEncoder])
 @pytest.mark.parametrize("classes", ["all", "base"])
 def test_every_array_and_gradient_of_the_published_code_is_matched(classes, text_encoder):
-    with np.load(HERE / f"golden/golden_eurosat_{classes}.npz") as file:
-        golden = dict(file)
-    meta = json.loads(str(golden["meta"]))
-    model = clip_of(golden, meta)
-    template = iter(meta["templates"])
-    groups = [[next(template) for _ in range(n)] for n in meta["groups"]]
+    golden, meta = load(f"eurosat_{classes}")
+    model, groups = clip_of(golden, meta), groups_of(meta)
     names, n_train = meta["all_class_names"], len(meta["train_class_names"])
     labels = torch.tensor(golden["labels"])
     bias = None
