@@ -1,22 +1,16 @@
-"""The three losses, against numbers worked out by hand."""
+"""The gate loss and the text loss, against numbers worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from losses import TEXT_LOSSES, gate_loss, image_loss, text_loss
+from losses import TEXT_LOSSES, gate_loss, text_loss
 from train import hard_text
 
 EYE = torch.eye(2)
 # The text loss of soft prompts that equal the hard ones of their class, or of the other class.
 RIGHT, WRONG = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
-
-
-def test_image_loss_is_cross_entropy():
-    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
-    loss = image_loss(logits, torch.tensor([0, 1])).item()
-    assert loss == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 def test_gate_loss_takes_the_soft_target_over_all_prompts():

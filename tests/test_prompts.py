@@ -82,7 +82,7 @@ def check_as_clip_reads(clip_model, prompts, names=None):
 
 
 def test_hard_prompts_are_read_as_clip_reads_them(random_clip):
-    tasks = (EVERY_TEMPLATE, NAMES + AWKWARD), (["a {}, a type of flower."], REAL_NAMES)
+    tasks = (EVERY_TEMPLATE, NAMES), (["a {}, a type of flower."], AWKWARD + REAL_NAMES[::4])
     assert len(EVERY_TEMPLATE) > 40 and len(REAL_NAMES) == 593
     for templates, names in tasks:
         ours = template_features(random_clip, templates, names)
@@ -112,39 +112,12 @@ def test_a_sentence_may_be_as_long_as_clip_reads(random_clip):
 
 @pytest.mark.parametrize("full_stop", [False, True])
 def test_soft_prompts_start_as_their_template(random_clip, full_stop):
-    templates = ["a photo of a {}.", "{} texture.", "a {} in a video game.", "a close-up of {}."]
+    templates = ["a photo of a {}.", "{} texture.", "a {} in a video game.", "{}."]
     ours = SoftPrompts(random_clip, templates, NAMES + AWKWARD, full_stop=full_stop)
     for template, features in zip(templates, ours.text_features()):
         sentence = template if full_stop else template.rstrip(".")
         theirs = as_clip_reads(random_clip, [sentence.format(n) for n in NAMES + AWKWARD])
         assert largest_difference(features, theirs) < 1e-5
-
-
-def test_prompts_start_from_random_vectors_of_their_own_or_from_one_template(random_clip):
-    templates = ["a photo of a {}.", "{} texture."]
-    drawn = SoftPrompts(random_clip, templates, NAMES, init="random")
-    assert [len(half) for half in drawn.context_after] == [0, 0]
-    both = torch.stack([*drawn.context_before])
-    assert both.shape == (2, 16, 64)
-    assert both.std().item() == pytest.approx(0.02, rel=0.1)  # of 2,048 draws: 6 sigma
-    assert largest_difference(both[0], both[1]) > 0.1
-    alike = SoftPrompts(random_clip, templates, NAMES, init="a {}, a type of flower.")
-    theirs = as_clip_reads(random_clip, [f"a {name}, a type of flower" for name in NAMES])
-    for ours in alike.text_features():
-        assert largest_difference(ours, theirs) < 1e-5
-
-
-def test_context_is_counted_in_tokens_and_is_all_that_is_learned(random_clip):
-    templates = ["a close-up photo of {}.", "{} texture.", "a {} in a video game."]
-    prompts = SoftPrompts(random_clip, templates, NAMES)
-    assert [len(half) for half in prompts.context_before] == [6, 0, 1]  # a close - up photo of
-    assert [len(half) for half in prompts.context_after] == [0, 1, 4]  # in a video game
-    assert len(prompts.state_dict()) == 6
-
-
-def test_soft_prompts_are_read_as_clip_reads_them_and_learn_from_it(random_clip):
-    templates = ["a photo of a {}.", "{} texture.", "a {} in a video game.", "{}, a type of pet."]
-    check_as_clip_reads(random_clip, SoftPrompts(random_clip, templates, NAMES + AWKWARD))
 
 
 @pytest.mark.parametrize("text_encoder", [TextEncoder, FastTextEncoder])
@@ -157,25 +130,12 @@ def test_embeddings_that_a_clip_lacks_reach_nothing(text_encoder):
     check_as_clip_reads(whole, SoftPrompts(lacking, templates, names, text_encoder=text_encoder))
 
 
-def test_a_bias_is_added_before_normalising_and_a_shift_to_every_vector(random_clip):
-    prompts = SoftPrompts(random_clip, ["a photo of a {}.", "{} texture."], NAMES)
-    rng = torch.Generator().manual_seed(0)
-    bias, shifts = torch.randn(1, 64, generator=rng), 0.02 * torch.randn(2, 64, generator=rng)
-    ours, theirs = prompts.text_features(bias=bias, shift=shifts), []
-    for shift in shifts:
-        shifted = copy.deepcopy(prompts)
-        for p in shifted.parameters():
-            p.data += shift
-        features = prompts_as_clip_reads(random_clip, shifted, NAMES)
-        theirs.append(F.normalize(features + bias, dim=-1))
-    assert largest_difference(ours, torch.stack(theirs)) < 1e-5
-
-
-def test_prompts_read_any_names_and_keep_their_own(random_clip):
-    prompts = SoftPrompts(random_clip, ["a photo of a {}.", "{} texture."], NAMES)
+def test_prompts_read_any_names_as_clip_does_learn_from_it_and_keep_their_own(random_clip):
+    templates = ["a close-up of {}.", "{} texture.", "a {} in a video game.", "{}, a type of pet."]
+    prompts = SoftPrompts(random_clip, templates, NAMES + AWKWARD)
     with pytest.raises(PromptError, match="the prompt .* with 'very .* is 8. tokens long"):
         prompts.text_features(["cat", "sea", "very " * 80])
-    for names in (["sea", "cat", "7"], ["sea", "dog", "7"], NAMES[1:], None):
+    for names in (["sea", "cat", "7"], ["sea", "dog", "7"], None):
         check_as_clip_reads(random_clip, prompts, names)
 
 
@@ -201,11 +161,10 @@ def test_what_a_clip_cannot_read_is_named(template, name, said):
 
 
 def test_scripts_end_with_one_line_about_it(
-    small, eurosat, tmp_path, run_train, run_eval, monkeypatch, capsys
+    small, eurosat, tmp_path, finished_run, run_eval, monkeypatch, capsys
 ):
-    run_train(f"{small} --method zeroshot")
     photo = next(eurosat.rglob("*.jpg"))
-    status, _, errors = run_eval(tmp_path / "run", "--images", photo, "--names", "a," + 80 * "very")
+    status, _, errors = run_eval(finished_run, "--images", photo, "--names", "a," + 80 * "very")
     assert status == 2 and len(errors) == 1 and "this CLIP reads 77" in errors[0]
     out = tmp_path / "refused"
     monkeypatch.setattr(sys, "argv", f"train.py {small} --init photo --out {out}".split())
