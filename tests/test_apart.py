@@ -21,6 +21,7 @@ from PIL import Image
 import eval
 import train
 from data import load_split
+from lib import world
 from lib.catalogue import template_groups
 from lib.features import as_clip_reads, load_image
 from lib.runs import BadInput
@@ -32,23 +33,24 @@ COLOURS = "black blue brown green grey orange pink red white yellow"
 ZERO_SHOT = "a centered satellite photo of {}."
 OWN_GROUPS = {"groups": OTHER_GROUPS}
 CASES = {  # name: (flags, settings of plain.py that `settings` does not read off them)
-    "published": ("--classes base --shots 3 --seed 2 --views 3 --epochs 5 --batch-size 4", {}),
+    "published": ("--classes base --shots 2 --seed 2 --views 3 --epochs 5 --batch-size 4", {}),
     "other numbers": (
-        "--shots 2 --seed 3 --views 2 --epochs 4 --gate-weight 0.5 --text-weight 2 --text-scale 3"
+        "--shots 2 --seed 3 --views 2 --epochs 3 --gate-weight 0.5 --text-weight 2 --text-scale 3"
         " --max-grad-norm 0 --lr 0.004 --top-k 3 --text-bias --warm-up 0",
         {},
     ),
     "words behind the name": (
-        "--groups groups.txt --classes new --shots 3 --seed 5 --views 1 --epochs 3"
+        "--groups groups.txt --classes new --shots 3 --seed 5 --views 1 --epochs 2"
         " --text-target templates --full-stop",
         OWN_GROUPS,
     ),
-    "groups found": (
-        "--groups auto --n-groups 3 --classes base --shots 1 --seed 3 --views 1 --epochs 2",
-        {"groups": None},
+    "groups found, random starts": (
+        "--groups auto --n-groups 3 --classes base --shots 2 --seed 7 --views 2 --epochs 2"
+        " --init random --gate-target mean",
+        {"groups": None, "init": "random"},
     ),
     "frozen router": (
-        "--router frozen --shots 1 --seed 4 --views 2 --epochs 3 --text-weight 0 --top-k 1",
+        "--router frozen --shots 1 --seed 4 --views 2 --epochs 2 --text-weight 0 --top-k 1",
         {},
     ),
     "uniform router": (
@@ -56,12 +58,7 @@ CASES = {  # name: (flags, settings of plain.py that `settings` does not read of
         " --init 'a picture of {}' --max-grad-norm 0.2 --text-names seen",
         {"init": "a picture of {}"},
     ),
-    "random starts": (
-        "--init random --groups groups.txt --classes base --shots 2 --seed 7 --views 2 --epochs 2"
-        " --gate-target mean",
-        OWN_GROUPS | {"init": "random"},
-    ),
-    "CoOp": ("--method coop --shots 2 --seed 2 --views 2 --epochs 6", {}),
+    "CoOp": ("--method coop --shots 2 --seed 2 --views 2 --epochs 5", {}),
     "CoCoOp": (
         "--method cocoop --classes base --shots 1 --seed 2 --views 2 --epochs 2 --lr 0.02",
         {},
@@ -71,19 +68,20 @@ CASES = {  # name: (flags, settings of plain.py that `settings` does not read of
         " --views 2 --epochs 2 --batch-size 4 --groups groups.txt",
         OWN_GROUPS,
     ),
-    "LASP": ("--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 3", {}),
+    "LASP": ("--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 2", {}),
     "LayerNorms": (
-        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 6 --batch-size 5"
-        " --lr 0.005",
+        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 3 --warm-up 0"
+        " --batch-size 5 --lr 0.005",
         {"side": "layer-norms", "views": 1},
     ),
     "prompts beside patches": (
-        "--image-side prompts --one-group --classes base --shots 2 --seed 2 --epochs 3"
+        "--image-side prompts --one-group --classes base --shots 2 --seed 2 --epochs 2"
         " --batch-size 5 --gate-weight 0",
         {"side": "prompts", "views": 1, "groups": plain.ONE_GROUP},
     ),
 }
-STOPPED = {"other numbers": 2, "published": 2, "LayerNorms": 4, "CoOp": 3}  # after so many epochs
+STOPPED = {"other numbers": 2, "published": 2, "LayerNorms": 2, "CoOp": 3}  # after so many epochs
+ON_NEW_CLASSES = "published", "groups found, random starts"
 
 
 def settings(flags):
@@ -108,13 +106,13 @@ def settings(flags):
 
 @pytest.fixture(scope="module")
 def data_root(eurosat, tmp_path_factory):
-    """All its images are test images, too: the more there are, the more a percentage tells. But for
-    a few, so that classes differ in size. Names are not in the order of the alphabet."""
+    """With more test images, of which classes have differently many, and names that are not in the
+    order of the alphabet."""
     root = tmp_path_factory.mktemp("more") / "eurosat"
     root.mkdir()
     (root / "2750").symlink_to(eurosat / "eurosat/2750")
     split = json.loads((eurosat / "eurosat/split_zhou_EuroSAT.json").read_text())
-    every = split["test"] + split["val"] + split["train"]
+    every = split["test"] + split["val"]
     split["test"] = [e for i, e in enumerate(every) if i % 16 > e[1]]
     names = {label: name for _, label, name in every}
     split = {part: [[p, y, names[3 * y % 10]] for p, y, _ in own] for part, own in split.items()}
@@ -183,7 +181,7 @@ class Pets:
     def __init__(self, folder):
         self.folder, self.images = folder, folder / "test"
         self.names = [f"{c} parrot" for c in COLOURS.split()]
-        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(8)]
+        self.test = [(f"{name}/{i}.jpg", y) for y, name in enumerate(self.names) for i in range(3)]
         for part in ("train", "test"):
             for path, _ in self.test:
                 draw_image(folder / part / path, f"{part} {path}")
@@ -198,6 +196,12 @@ def read(folder, items):
     """The images of (path, label), as clip preprocesses them: (N, 3, 32, 32)."""
     transform = clip.clip._transform(32)
     return torch.stack([transform(Image.open(folder / path)) for path, _ in items])
+
+
+def ensemble(clip_model, groups, names):
+    """The mean feature of all templates, per class: (C, D)."""
+    every = [plain.hard_features(clip_model, t, names) for group in groups for t in group]
+    return plain.unit(torch.stack(every).mean(0))
 
 
 def right(logits, items):
@@ -242,8 +246,7 @@ def check_numbers(found, model, untrained, names, items, f, plain_f, groups, zer
     assert list(found["per_class_accuracy"]) == names
     one = plain.hard_features(untrained, zero_shot, names)
     assert found["zero_shot_accuracy"] == pytest.approx(right(plain_f @ one.T, items), abs=0.006)
-    every = [plain.hard_features(untrained, t, names) for group in groups for t in group]
-    every = plain.unit(torch.stack(every).mean(0))
+    every = ensemble(untrained, groups, names)
     assert found["ensemble_accuracy"] == pytest.approx(right(plain_f @ every.T, items), abs=0.006)
     usage = list(found["prompt_usage"].values())
     assert usage == pytest.approx(weights.mean(0).tolist(), abs=1.5e-4)
@@ -344,29 +347,17 @@ def test_a_run_is_the_one_computed_apart(
         val = torch.stack(model(features(task, task.val)[0], task.names)[3])
     assert result["val_accuracy"] == pytest.approx(right(val, task.val), abs=0.006)
     assert result["n_train"] == len(task.train)
-    assert f" with {result['n_prompts']} prompts, {result['top_k']} per image\n" in printed
-    untrained_said = "zero-shot {zero_shot_accuracy:.2f} %, ensemble {ensemble_accuracy:.2f} %"
-    method = given.get("method", "mocoop")
-    assert f"before training: {untrained_said.format(**result)}\n" in printed
-    assert (
-        f"after training:  {method} {result['accuracy']:.2f} % on {len(task.test)} test" in printed
-    )
-    usage = re.findall(r"  prompts ([\d ]+) %\n", printed)
-    for words, (_, share) in zip(usage, told, strict=True):
-        assert [int(w) for w in words.split()] == pytest.approx((100 * share).tolist(), abs=0.51)
     for ours, (_, share) in zip(result["prompt_usage_by_epoch"], told, strict=True):
         assert ours == pytest.approx(share.tolist(), abs=1.5e-4)
 
     # The run on other classes, and on a folder with other names, which has templates of its own.
-    start(eval, "run --classes new")
-    found = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
-    task = Task(data_root, "new", shots, seed)
-    about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
-    check_numbers(found, model, untrained, *about)
-    assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
-    assert (found["dataset"], found["classes"]) == ("eurosat", "new")
-    said = f"{method} {found['accuracy']:.2f} %, {untrained_said.format(**found)}\n"
-    assert f"eurosat, new classes, {len(task.test)} images: {said}" in capsys.readouterr().out
+    if name in ON_NEW_CLASSES:
+        start(eval, "run --classes new")
+        found = json.loads((tmp_path / "run/eval_eurosat_new.json").read_text())
+        task = Task(data_root, "new", shots, seed)
+        about = task.names, task.test, *features(task, task.test), s["groups"], ZERO_SHOT
+        check_numbers(found, model, untrained, *about)
+        assert found["val_accuracy"] is None and found["n_train"] == result["n_train"]
     start(eval, f"run --dataset {pets.folder} --classes all")
     found = json.loads((tmp_path / "run/eval_pets_all.json").read_text())
     about = pets.names, pets.test, *features(pets, pets.test), plain.SUN397, "a photo of a {}."
@@ -420,7 +411,6 @@ def test_a_linear_probe_is_the_one_computed_apart(
     "flags, groups",
     [
         ("zeroshot", [[ZERO_SHOT]]),
-        ("ensemble", plain.EUROSAT),
         ("ensemble --groups groups.txt", OTHER_GROUPS),
     ],
 )
@@ -438,31 +428,30 @@ def test_clip_as_it_is_is_the_one_computed_apart(
     ):
         names = task.names if task is not pets else pets.names[:5]
         items = [(path, label) for path, label in task.test if label < len(names)]
-        texts = [plain.hard_features(random_clip, t, names) for group in templates for t in group]
-        texts = plain.unit(torch.stack(texts).mean(0))
+        texts = ensemble(random_clip, templates, names)
         f = plain.unit(random_clip.encode_image(read(task.images, items)))
         found = json.loads((tmp_path / "run" / file).read_text())
         assert found["accuracy"] == pytest.approx(right(f @ texts.T, items), abs=0.006)
         assert found["n_prompts"] == 0 and found["prompt_usage"] == {}
     assert not (tmp_path / "run/router.png").exists()
+    with pytest.raises(BadInput, match="has no prompts"):
+        eval.nearest_words("run")
     names = ["sea", "lake", "old forest"]  # of one's own, with the run's templates
-    texts = [plain.hard_features(random_clip, t, names) for group in groups for t in group]
-    texts = plain.unit(torch.stack(texts).mean(0))
-    task = Task(data_root, "base", 1, 1)
-    images = [Image.open(task.images / path) for path, _ in task.test]
-    f = plain.unit(random_clip.encode_image(read(task.images, task.test)))
+    images = [Image.open(pets.images / path) for path, _ in items]
     found_names, probabilities, _ = eval.load_run("run").classify(images, names)
+    texts = ensemble(random_clip, groups, names)
     expected = (random_clip.logit_scale.exp() * f @ texts.T).softmax(-1)
     assert found_names == names and torch.allclose(probabilities, expected, atol=1e-5)
 
 
-def test_the_built_in_worlds_numbers_are_those_computed_apart(start, small_world, tmp_path):
+def test_the_built_in_worlds_numbers_are_those_computed_apart(start, tmp_path, monkeypatch):
     """The bundled CLIP, which knows its classes; drawn images; a router's table by style; templates
     of one's own, which count on the run's own dataset alone."""
+    monkeypatch.setitem(world.PER_CLASS, "test", 8)
     of_world = template_groups("shapes")
     groups = [of_world[7], of_world[5]]
     (tmp_path / "groups.txt").write_text("\n\n".join(map("\n".join, groups)))
-    start(train, "--shots 1 --epochs 2 --seed 2 --classes new --groups groups.txt --out run")
+    start(train, "--shots 1 --epochs 1 --seed 2 --classes new --groups groups.txt --out run")
     start(eval, "run --dataset shapes_r --classes new")
     run = eval.load_run("run")
     clip_model = copy.deepcopy(run.clip_model)
@@ -486,7 +475,3 @@ def test_the_built_in_worlds_numbers_are_those_computed_apart(start, small_world
         about = names, items, f, f, templates, "a photo of a {}."
         styles = [path.split("/")[2] for path, _ in items]
         check_numbers(found, model, clip_model, *about, kinds=styles)
-        other = of_world if templates is groups else groups
-        texts = [plain.hard_features(clip_model, t, names) for group in other for t in group]
-        texts = plain.unit(torch.stack(texts).mean(0))
-        assert abs(found["ensemble_accuracy"] - right(f @ texts.T, items)) > 0.1  # it would show

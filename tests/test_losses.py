@@ -28,11 +28,6 @@ def test_text_loss_compares_within_a_group_and_averages_groups_classes_and_image
     assert text_loss(per_image, prototypes).item() == pytest.approx((3 * RIGHT + WRONG) / 4)
 
 
-def test_text_scale_multiplies_the_similarities():
-    loss = text_loss(EYE[None], EYE[None], scale=3.0).item()
-    assert loss == pytest.approx(math.log(1 + math.exp(-3)), rel=1e-5)
-
-
 def test_a_prompt_can_be_compared_with_each_template_of_its_group():
     templates = torch.stack([EYE, EYE, EYE.flip(0)])
     hard = hard_text(templates, [["a"], ["b", "c"]])
