@@ -8,7 +8,6 @@ same images encoded again in the same batches, are equal to the bit.
 import hashlib
 import os
 import random
-import runpy
 import shutil
 import threading
 import time
@@ -87,7 +86,7 @@ def differences(image, size=32):
 
 def test_up_to_eight_times_as_long_not_one_pixel_differs_from_resizing_the_whole():
     rng = random.Random(0)
-    for i in range(150):
+    for i in range(30):
         short = rng.randrange(1, 70)
         sides = short, min(8 * short, round(short * rng.uniform(1, 8.2)))
         image = noise(*sides[:: rng.choice((1, -1))], seed=i)
@@ -95,11 +94,8 @@ def test_up_to_eight_times_as_long_not_one_pixel_differs_from_resizing_the_whole
 
 
 def test_beyond_the_part_that_stays_is_resized_alone_and_hardly_differs():
-    for i, sides in enumerate([(600, 70), (70, 601), (4000, 33), (33, 4001), (64, 513), (90, 999)]):
+    for i, sides in enumerate([(600, 70), (33, 2001), (64, 513)]):
         assert differences(noise(*sides, seed=i)).max() <= 2, sides  # of 255
-    smooth = noise(20, 3).resize((330, 20), Image.BICUBIC)
-    assert differences(smooth, 224).max() <= 3
-    assert differences(smooth.transpose(Image.ROTATE_90), 224).max() <= 3
     # Its whole resized picture would have 3.3 gigapixels.
     for sides in ((65000, 1), (1, 65000)):
         assert features.preprocess(noise(*sides), 224).shape == (3, 224, 224)
@@ -110,27 +106,13 @@ def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_s
     normalise = T.Normalize(features.MEAN, features.STD)
     theirs = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
     for item in photos.train:
-        for view in range(6):
+        for view in range(2):
             seed = hashlib.sha256(f"{item.path}|{view}".encode()).digest()[:8]
             torch.manual_seed(int.from_bytes(seed, "little"))
             expected = theirs(Image.open(photos.folder / item.path).convert("RGB"))
+            state = torch.get_rng_state()
             assert close(loaded(photos, item.path, view), expected)
-
-
-def test_a_view_is_seeded_by_its_path_and_number_alone(eurosat):
-    split = load_split("eurosat", eurosat)
-    path, other = split.train[0].path, split.train[1].path
-
-    def view(path, number):
-        torch.manual_seed(random.randrange(1000))  # whatever else the run drew
-        state = torch.get_rng_state()
-        image = features.load_image(split, path, number, 32)
-        assert torch.equal(torch.get_rng_state(), state)  # takes nothing from the run's own draws
-        return image
-
-    assert torch.equal(view(path, 3), view(path, 3))
-    assert not torch.equal(view(path, 3), view(path, 4))
-    assert not torch.equal(view(path, 3), view(other, 3))
+            assert torch.equal(torch.get_rng_state(), state)  # nothing of the run's own draws
 
 
 def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
@@ -158,6 +140,11 @@ def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
 
 
 @pytest.fixture
+def split(eurosat):
+    return load_split("eurosat", eurosat)
+
+
+@pytest.fixture
 def encode(random_clip, capsys):
     """(features, printed line)"""
 
@@ -168,8 +155,7 @@ def encode(random_clip, capsys):
     return encode
 
 
-def test_features_are_clips_own_normalised_or_raw(eurosat, random_clip, encode):
-    split = load_split("eurosat", eurosat)
+def test_features_are_clips_own_normalised_or_raw(split, random_clip, encode):
     preprocess = clip.clip._transform(32)
     pixels = [preprocess(Image.open(split.folder / item.path)) for item in split.test]
     theirs = random_clip.encode_image(torch.stack(pixels))
@@ -180,34 +166,25 @@ def test_features_are_clips_own_normalised_or_raw(eurosat, random_clip, encode):
     assert torch.allclose(raw, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_an_image_is_encoded_once(eurosat, encode):
-    split = load_split("eurosat", eurosat)
-    first, said = encode(split, split.test[:20])
-    assert "20, 0 features from the cache, 20 to encode" in said
+def test_an_image_is_encoded_once(split, encode):
+    together, said = encode(split, split.test, fingerprint="another")
+    first, said = encode(split, split.test[::3])  # other neighbours, at other positions
+    assert "10, 0 features from the cache, 10 to encode" in said
     again, said = encode(split, split.test)
-    assert "30, 20 features from the cache, 10 to encode" in said
-    assert torch.equal(again[:20], first)
+    assert "30, 10 features from the cache, 20 to encode" in said
+    assert torch.equal(again[::3], first) and close(again, together)
     twice, said = encode(split, [split.test[3], split.test[3]])
     assert "1 features from the cache, 0 to encode" in said
-    assert torch.equal(twice, first[[3, 3]])
+    assert torch.equal(twice, first[[1, 1]])
 
 
-def test_views_are_encoded_once_each_and_differ(eurosat, encode):
-    split = load_split("eurosat", eurosat)
+def test_views_are_encoded_once_each_and_differ(split, encode):
     first, said = encode(split, split.train[:5], 3)
     assert first.shape == (5, 3, 64) and "15 to encode" in said
     more, said = encode(split, split.train[:5], 4)
     assert "15 features from the cache, 5 to encode" in said
     assert torch.equal(more[:, :3], first)
     assert not close(first[:, 0], first[:, 1], 1e-3)
-
-
-def test_features_do_not_depend_on_what_was_cached_before(eurosat, encode, tmp_path, monkeypatch):
-    split = load_split("eurosat", eurosat)
-    together, _ = encode(split, split.test)
-    monkeypatch.setattr(features, "CACHE", tmp_path / "another")
-    encode(split, split.test[::3])  # other neighbours, at other positions of the batch
-    assert close(encode(split, split.test)[0], together)
 
 
 def test_a_changed_image_is_encoded_again(own_eurosat, encode):
@@ -246,33 +223,21 @@ def test_features_name_how_their_image_was_read_or_drawn(encode, tmp_path, monke
     assert "2 to encode" in encode(split, split.test[:2])[1]
 
 
-def test_what_encodes_otherwise_shares_nothing(eurosat, encode, monkeypatch):
+def test_what_encodes_otherwise_shares_nothing(split, encode, monkeypatch):
     """Another CLIP; another Pillow or torchvision, which may resize otherwise; a GPU, in fp16."""
-    split, texts, hashed = load_split("eurosat", eurosat), [], features._hashed
+    items, texts, hashed = split.test[:2], [], features._hashed
     monkeypatch.setattr(features, "_hashed", lambda text: texts.append(text) or hashed(text))
-    encode(split, split.test)
+    encode(split, items)
     assert any("|cpu|" in text for text in texts)
-    assert "30 to encode" in encode(split, split.test, fingerprint="another")[1]
+    assert "2 to encode" in encode(split, items, fingerprint="another")[1]
     for place, name, value in (
         (features.PIL, "__version__", "0.1"),
         (features, "version", lambda library: "0.1"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
-            assert "30 to encode" in encode(split, split.test)[1]
-    assert " 0 to encode" in encode(split, split.test)[1]
-
-
-@pytest.mark.parametrize("place", ["/elsewhere", ""])
-def test_the_cache_is_where_the_user_has_caches(place, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", place)
-    monkeypatch.setenv("HOME", "/home/somebody")
-    found = runpy.run_path(features.__file__)["CACHE"]
-    assert str(found) == f"{place or '/home/somebody/.cache'}/mocoop"
-
-
-def cut(shard):
-    shard.write_bytes(shard.read_bytes()[:-300])
+            assert "2 to encode" in encode(split, items)[1]
+    assert " 0 to encode" in encode(split, items)[1]
 
 
 def flip_a_bit(shard):
@@ -293,12 +258,10 @@ def hold(change):
 
 
 NAN = hold(lambda rows: np.where(np.arange(65) == 3, np.nan, rows))
-DAMAGES = cut, flip_a_bit, NAN, hold(lambda rows: rows[:, :-1]), hold(lambda rows: rows[:-1])
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, encode, damage):
-    split = load_split("eurosat", eurosat)
+@pytest.mark.parametrize("damage", [flip_a_bit, NAN, hold(lambda rows: rows[:, :-1])])
+def test_a_damaged_cache_file_is_recomputed_never_trusted(split, encode, damage):
     before, _ = encode(split, split.test)
     (shard,) = features.CACHE.rglob("*.npz")
     damage(shard)
@@ -307,10 +270,9 @@ def test_a_damaged_cache_file_is_recomputed_never_trusted(eurosat, encode, damag
     assert torch.equal(after, before)
 
 
-def test_what_was_encoded_before_a_crash_is_kept(eurosat, encode, monkeypatch):
+def test_what_was_encoded_before_a_crash_is_kept(split, encode, monkeypatch):
     monkeypatch.setattr(features, "SHARD", 8)
     monkeypatch.setitem(features.BATCH, "cpu", 8)
-    split = load_split("eurosat", eurosat)
     calls = []
 
     def encode_and_crash(clip_model, batch, dtype):
@@ -325,52 +287,34 @@ def test_what_was_encoded_before_a_crash_is_kept(eurosat, encode, monkeypatch):
     assert "16 features from the cache, 14 to encode" in encode(split, split.test)[1]
 
 
-def test_a_cache_that_cannot_be_written_costs_no_run(eurosat, encode, monkeypatch):
+def test_a_cache_that_cannot_be_written_costs_no_run(split, encode, monkeypatch):
     monkeypatch.setattr(features, "CACHE", Path(os.devnull) / "cache")
-    split = load_split("eurosat", eurosat)
     found, said = encode(split, split.test)
     assert len(found) == 30 and "features are not cached" in said
 
 
-@pytest.mark.parametrize("broken", ["half of it", "link to nowhere"])
-def test_an_unreadable_image_is_named(own_eurosat, encode, broken):
-    split = load_split("eurosat", own_eurosat)
-    path = own_eurosat / "eurosat" / split.test[0].path
-    content = path.read_bytes()
-    path.unlink()
-    if broken == "half of it":
-        path.write_bytes(content[:200])
-    else:
-        path.symlink_to("nowhere.jpg")
-    with pytest.raises(BadInput, match=f"cannot read the image {path}"):
-        encode(split, split.test)
-
-
-def test_two_runs_may_share_a_cache_at_the_same_time(eurosat, random_clip, encode):
-    split, starts = load_split("eurosat", eurosat), (0, 5, 10, 0)
-    umask = os.umask(0o022)
+def test_two_runs_may_share_a_cache_at_the_same_time(split, random_clip, encode):
+    starts = 0, 5, 10, 0
     with ThreadPoolExecutor(4) as pool:
         jobs = [
             pool.submit(image_features, random_clip, "x", split, split.test[i : i + 20])
             for i in starts
         ]
         found = [job.result() for job in jobs]
-    os.umask(umask)
     together, said = encode(split, split.test)
     assert "30 features from the cache, 0 to encode" in said
     for start, part in zip(starts, found):
         assert close(part, together[start : start + 20])
-    modes = {file.stat().st_mode & 0o777 for file in features.CACHE.rglob("*.*")}
-    assert modes == {0o644}  # others may read them, too
     assert not list(features.CACHE.rglob("*.tmp"))
 
 
-def test_a_copy_of_a_dataset_and_its_cache_finds_everything(eurosat, encode, tmp_path, monkeypatch):
-    split = load_split("eurosat", eurosat)
+def test_a_copy_of_a_dataset_and_its_cache_finds_everything(
+    split, eurosat, encode, tmp_path, monkeypatch
+):
     before, _ = encode(split, split.test)
     shutil.copytree(eurosat, tmp_path / "elsewhere")  # new paths, new times
-    for file in (tmp_path / "elsewhere").rglob("*.jpg"):
-        os.utime(file, (1, 1))
+    for item in split.test:
+        os.utime(tmp_path / "elsewhere/eurosat" / item.path, (1, 1))
     shutil.copytree(features.CACHE, tmp_path / "copied cache")
     monkeypatch.setattr(features, "CACHE", tmp_path / "copied cache")
     copied = load_split("eurosat", tmp_path / "elsewhere")
@@ -379,11 +323,7 @@ def test_a_copy_of_a_dataset_and_its_cache_finds_everything(eurosat, encode, tmp
     assert torch.equal(after, before)
 
 
-def test_features_that_are_not_finite_stop_the_run_and_are_never_cached(
-    eurosat, encode, monkeypatch
-):
-    split = load_split("eurosat", eurosat)
-
+def test_features_that_are_not_finite_stop_the_run_and_are_never_cached(split, encode, monkeypatch):
     def damaged(clip_model, batch, dtype):
         found = clip_model.visual(batch)
         found[5, 0] = torch.nan
