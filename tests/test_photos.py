@@ -6,41 +6,38 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import config_of, draw_image
+from conftest import draw_image, train_run
 from PIL import Image
 
 import eval
 import train
 from eval import load_run
-from lib import features as feature_cache
-from lib import world
-from lib.photos import find_photos, open_photo, say_remarks, upright_rgb
+from lib import features, report, world
+from lib.photos import find_photos, open_photo, say_remarks, upright_rgb, write_csv
 from lib.runs import BadInput
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny_world():
+    """The built-in world with 8 test images per class, and runs without a picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(world.PER_CLASS, "test", 8)
+        patch.setattr(report, "router_picture", lambda result, path: None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(cache, tmp_path_factory):
+def world_run(tiny_world, tmp_path_factory):
     """A run of the built-in world."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_cache, "CACHE", cache)
-        train.run(config_of("--shots", 4, "--epochs", 8, "--out", folder))
+    train_run("--shots 1 --epochs 2 --lr 0.01 --out", folder)
     return folder
-
-
-@pytest.fixture
-def world_run(trained, tmp_path):
-    """A copy that a test may damage."""
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -53,28 +50,34 @@ def photos(tmp_path):
     return tmp_path / "album"
 
 
-def test_each_photo_gets_a_line_with_classes_and_prompts(world_run, photos, run_eval):
+def test_each_photo_gets_a_line_and_a_row_of_the_table(world_run, photos, run_eval):
     deep = photos / f"deep/2 {world.SHAPES_CLASSES[2]}.png"
     pattern = photos / "1*.png"
-    status, lines, errors = run_eval(world_run, "--images", deep, pattern, photos)
+    table = photos.parent / "found.csv"
+    status, lines, errors = run_eval(world_run, "--images", deep, pattern, photos, "--csv", table)
     assert (status, errors, len(lines)) == (0, [], 3)  # each photo once
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
     run, right = load_run(world_run), 0
-    for line in lines:
+    for line, row in zip(lines, rows, strict=True):
         name = re.search(r"\d ([a-z]+ [a-z]+)\.png: ", line)[1]
         names, probabilities, weights = run.classify([Image.open(line.split(".png")[0] + ".png")])
         best = probabilities[0].argmax()
         assert f".png: {names[best]} {100 * probabilities[0, best]:.1f}%" in line
         assert line.count("%") == 3 + 2  # three classes, two prompts
         assert f"{100 * weights.max():.0f}% {run.model.templates[weights.argmax()]}" in line
+        assert row["image"] == line.split(": ")[0]
+        assert f"{row['class 1']} {100 * float(row['probability 1']):.1f}%" in line
+        in_table = [float(row[template]) for template in run.model.templates]
+        assert in_table == pytest.approx(weights[0].tolist(), abs=1e-5)
         right += names[best] == name
     assert right >= 2  # of three; chance is 1 in 20
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(world_run, photos, run_eval):
-    _, answers, _ = run_eval(world_run, "--images", photos)
     (photos / "0 broken.jpg").write_bytes(b"half a photo")  # the first of all
     status, lines, errors = run_eval(world_run, "--images", photos)
-    assert (status, lines) == (1, answers) and len(lines) == 3
+    assert (status, len(lines)) == (1, 3)
     assert len(errors) == 1 and "0 broken.jpg" in errors[0]
     status, lines, errors = run_eval(world_run, "--images", photos / "0 broken.jpg")
     assert (status, lines) == (2, []) and "none of 1 images could be read" in errors[-1]
@@ -91,35 +94,20 @@ def test_class_names_of_ones_own(world_run, photos, tmp_path, run_eval):
     for names, said in (
         ("red circle,red zebra", "never seen the word 'zebra'"),
         ("one", "two class names at least"),
-        ("red ring, blue ring, red ring", "classes 'red ring' and 'red ring' apart"),
         ("Red ring,red ring", "classes 'Red ring' and 'red ring' apart"),  # CLIP reads lower case
     ):
         status, _, errors = run_eval(world_run, "--names", names, "--images", photos)
         assert status == 2 and said in errors[0]
 
 
-@pytest.mark.parametrize("method", ["zeroshot", "ensemble"])
-def test_clip_as_it_is_answers_with_its_own_scale(run_train, photos, tmp_path, method):
-    run_train(f"--method {method} --shots 1")
+def test_clip_as_it_is_answers_with_its_own_scale(run_train, photos, tmp_path):
+    run_train("--method ensemble --shots 1")
     run = load_run(tmp_path / "run")
     image = Image.open(next(photos.glob("0*.png")))
-    names, probabilities, weights = run.classify([image], ["red circle", "blue star", "red ring"])
-    assert probabilities.shape == (1, 3) and weights.shape == (1, 0)
+    names, probabilities, weights = run.classify([image], "red circle,blue star,red ring")
+    assert names == ["red circle", "blue star", "red ring"] and weights.shape == (1, 0)
     assert abs(probabilities.sum() - 1) < 1e-6
     assert probabilities.max() > 0.5  # cosines alone would leave them near a third
-
-
-def test_a_table_is_written_on_request(world_run, photos, tmp_path, run_eval):
-    table = tmp_path / "found.csv"
-    status, lines, _ = run_eval(world_run, "--images", photos, "--csv", table)
-    assert status == 0
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["image"] for row in rows] == [line.split(": ")[0] for line in lines]
-    for row, line in zip(rows, lines):
-        assert f"{row['class 1']} {100 * float(row['probability 1']):.1f}%" in line
-        weights = [float(row[template]) for template in load_run(world_run).model.templates]
-        assert sum(weights) == pytest.approx(1, abs=1e-5)
 
 
 def test_no_table_replaces_an_input_or_lies_in_the_run(world_run, photos, tmp_path, run_eval):
@@ -128,11 +116,9 @@ def test_no_table_replaces_an_input_or_lies_in_the_run(world_run, photos, tmp_pa
     first, *_ = sorted(photos.glob("*.png"))
     for table, said in (
         (first, "is not an earlier output"),
-        (first.parent / "deep/.." / first.name, "is not an earlier output"),
         (names, "is not an earlier output"),
         (world_run / "file", "in the run's own folder"),
         (tmp_path, "cannot write"),
-        ("", "cannot write"),
         (tmp_path / "no/such/folder.csv", "cannot write"),
     ):
         how = "--images", photos, "--names", names, "--csv", table
@@ -163,8 +149,7 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
     flags = "--epochs 1 --views 1 --clip"
     run_train(flags, random_clip_file, "--dataset", tmp_path / "photos")
     kept = Image.open(tmp_path / "photos/cat/0.jpg").copy()
-    for file in (tmp_path / "photos").rglob("*.jpg"):
-        file.unlink()
+    shutil.rmtree(tmp_path / "photos")
     before = sorted(cache.rglob("*"))
     names, probabilities, _ = load_run(tmp_path / "run").classify([kept])
     assert names == ["cat", "dog"] and probabilities.shape == (1, 2)
@@ -174,10 +159,8 @@ def test_a_run_needs_neither_its_dataset_nor_its_cache(
 @pytest.mark.parametrize(
     "flags",
     [
-        *("run --names a,b", "run --words --csv x.csv", "--table . --images a"),
-        *("run --export x.npz --csv x.csv", "run --export x.npz --words"),
-        *(f"run --images a.jpg --{f}" for f in ("words", "classes new", "dataset b", "data b")),
-        *(f"run --words --{f}" for f in ("classes new", "dataset b", "data b")),
+        *("--table . --images a", "run --export x.npz --csv x.csv", "run --export x.npz --words"),
+        *("run --images a.jpg --words", "run --images a.jpg --data b", "run --words --csv x.csv"),
     ],
 )
 def test_settings_without_effect_are_refused(flags, run_eval):
@@ -185,27 +168,27 @@ def test_settings_without_effect_are_refused(flags, run_eval):
     assert status == 2 and "has no effect here" in errors[0]
 
 
-def test_photos_are_found_whatever_their_name(photos, monkeypatch):
+def test_photos_are_found_whatever_their_name_unless_they_are_hidden(photos, monkeypatch):
     """By a suffix in capitals, by a name that is a pattern, too."""
     monkeypatch.chdir(photos)
-    for name in ("holiday [1].png", "DSC_1.PNG"):
-        Path(name).write_bytes(next(photos.glob("0*.png")).read_bytes())
+    before = find_photos(["."])
+    Path(".thumbs").mkdir()
+    for name in ("holiday [1].png", "DSC_1.PNG", "._0.png", ".thumbs/t.png"):
+        Path(name).write_bytes(before[0].read_bytes())
     assert find_photos(["holiday [1].png"]) == [Path("holiday [1].png")]
-    assert Path("DSC_1.PNG") in find_photos(["."])
+    assert {*find_photos(["."])} == {*before, Path("holiday [1].png"), Path("DSC_1.PNG")}
 
 
-def test_hidden_files_of_an_album_are_left_out(world_run, photos, run_eval):
-    (photos / "._0.png").write_bytes(b"a Mac's leftover")
-    (photos / ".thumbs").mkdir()
-    (photos / ".thumbs/t.png").write_bytes(next(photos.glob("0*.png")).read_bytes())
-    status, lines, errors = run_eval(world_run, "--images", photos)
-    assert (status, len(lines), errors) == (0, 3, [])
+def test_a_file_name_that_is_no_unicode_stays_itself_in_the_table(tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    write_csv(tmp_path / "found.csv", [(name, "", [("cat", 1.0)], [1.0])], ["a photo of a {}."])
+    assert b"\n\xff.png,cat,1.000000,1.000000" in (tmp_path / "found.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
     "mode, kind, most, brightest",
     [
-        ("I;16", "<u2", 65535, 255),
+        ("I;16", "<u2", 4095, 255),  # 12 bits
         ("I;16", "<u2", 25700, 100),
         ("I;16B", ">u2", 25700, 100),
         ("I", "<i4", 2**20, 255),
@@ -218,22 +201,6 @@ def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, kind,
     assert Image.open(tmp_path / "deep.tif").mode == mode
     grey = np.asarray(open_photo(tmp_path / "deep.tif"))[..., 0].flatten().astype(int)
     assert np.abs(grey - np.linspace(0, brightest, 256)).max() <= 1
-
-
-@pytest.mark.slow
-def test_a_file_name_that_is_no_unicode_costs_nothing(
-    world_run, photos, tmp_path, capsys, monkeypatch
-):
-    odd = os.fsencode(photos) + b"/\xff.png"
-    os.rename(next(photos.glob("0*.png")), odd)
-    flags = "--images", photos, "--csv", tmp_path / "found.csv"
-    done = subprocess.run(
-        [sys.executable, "eval.py", world_run, *flags],
-        cwd=eval.Path(eval.__file__).parent, capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.count(b"\n") == 3
-    assert odd in (tmp_path / "found.csv").read_bytes()
 
 
 def test_photos_of_any_mode_and_one_photo_twice_are_answered_from_python(world_run):
@@ -288,27 +255,16 @@ RAW = b"Raw profile type exif\0\nexif\n 4\nzzzz"
     "content, expected",
     [
         (png(chunk(b"eXIf", exif()[6:])), TURNED),
-        (png(chunk(b"eXIf", exif((0x11A, 2, 4, b"72\0\0"))[6:])), TURNED),
         (png(chunk(b"eXIf", exif((0x11A, 10, 1, BEHIND), after=bytes([255] * 8))[6:])), TURNED),
-        (png(chunk(b"eXIf", exif((0x8825, 4, 1, b"\0\0\1\0"))[6:])), TURNED),
         (png(chunk(b"eXIf", exif()[6:], wrong=1)), TURNED),
         (png(chunk(b"tEXt", b"Comment\0x", wrong=1), chunk(b"eXIf", exif()[6:])), TURNED),
         (png(chunk(b"tEXt", b"Comment\0x", wrong=1)), PIXELS),
-        (png(after=[chunk(b"tEXt", b"Comment\0x", wrong=1)]), PIXELS),
         (png(chunk(b"zTXt", LONG)), PIXELS),
-        (png(after=[chunk(b"zTXt", LONG)]), PIXELS),
-        (png(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6)))] * 70), PIXELS),
         (png(chunk(b"iCCP", b"profile\0\1rubbish")), PIXELS),
-        (png(chunk(b"iCCP", b"rubbish")), PIXELS),
-        (png(chunk(b"gAMA", b"\0")), PIXELS),
         (png(chunk(b"pHYs", b"\0\0")), PIXELS),
-        (png(chunk(b"prVt", b"of a program", wrong=1)), PIXELS),
-        (png(chunk(b"acTL", b"\0\0")), PIXELS),
         (png(after=[chunk(b"tEXt", b"Comment\0" + bytes(300))])[:-150], PIXELS),
         (png() + b"rubbish", PIXELS),
-        (encoded("TIFF"), PIXELS),
         (encoded("TIFF", tiffinfo={0x112: 6}), TURNED),
-        (encoded("TIFF", tiffinfo={0x112: 6, 0x131: "a program"}), TURNED),
         (encoded("WEBP", lossless=True, exif=exif((0x11A, 2, 4, b"72\0\0"))), TURNED),
     ],
 )
@@ -322,13 +278,7 @@ def test_metadata_does_not_spoil_pixels(content, expected, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        png(chunk(b"eXIf", b"\0\x08rubbish")),
-        png(chunk(b"eXIf", b"\0\x08rubbish"), chunk(b"tEXt", b"Comment\0x", wrong=1)),
-        png(chunk(b"tEXt", RAW)),
-        encoded("WEBP", lossless=True, exif=b"\0\x08rubbish"),
-    ],
+    "content", [png(chunk(b"eXIf", b"\0\x08rubbish")), png(chunk(b"tEXt", RAW))]
 )
 def test_what_could_not_be_turned_is_said_with_a_count_and_the_first_name(
     content, tmp_path, capsys
@@ -346,8 +296,7 @@ def test_damaged_pixels_are_no_image(tmp_path):
     for content in (
         whole[: len(whole) // 2],
         whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
-        *(encoded(kind)[:-700] for kind in ("JPEG", "GIF", "BMP", "TIFF", "WEBP")),
-        b"",
+        *(encoded(kind)[:-700] for kind in ("JPEG", "GIF")),
     ):
         (tmp_path / "photo").write_bytes(content)
         with pytest.raises(BadInput, match=f"cannot read the image {tmp_path}/photo: "):
@@ -356,11 +305,9 @@ def test_damaged_pixels_are_no_image(tmp_path):
 
 def test_of_several_pictures_in_a_file_the_first_is_read(tmp_path):
     image, other = Image.fromarray(PIXELS), Image.new("RGB", (40, 24))
-    for name, options in (("a.png", {}), ("a.webp", {"lossless": True}), ("a.tif", {})):
-        image.save(tmp_path / name, save_all=True, append_images=[other], **options)
+    for name in ("a.png", "a.tif"):
+        image.save(tmp_path / name, save_all=True, append_images=[other])
         assert np.array_equal(open_photo(tmp_path / name), PIXELS)
-    image.save(tmp_path / "a.mpo", save_all=True, append_images=[other], quality=95)
-    assert np.array_equal(open_photo(tmp_path / "a.mpo"), Image.open(tmp_path / "a.mpo"))
 
 
 # ------------------------------------------------------------------------------ an album streams
@@ -369,10 +316,10 @@ def test_of_several_pictures_in_a_file_the_first_is_read(tmp_path):
 def test_an_album_is_read_a_few_photos_at_a_time_and_its_class_names_once(
     world_run, photos, run_eval, monkeypatch
 ):
-    for i in range(40):
+    for i in range(20):
         shutil.copy(next(photos.glob("0*.png")), photos / f"more {i:02}.png")
     opened, said, read = [], [], []
-    open_one, print_one = feature_cache.open_photo, print
+    open_one, print_one = features.open_photo, print
 
     def print_and_count(*words, **options):
         said.append(len(opened))
@@ -382,10 +329,10 @@ def test_an_album_is_read_a_few_photos_at_a_time_and_its_class_names_once(
     monkeypatch.setattr(
         train.MoCoOp, "text_features", lambda *a: read.append(a) or text_features(*a)
     )
-    monkeypatch.setattr(feature_cache, "open_photo", lambda f: opened.append(f) or open_one(f))
+    monkeypatch.setattr(features, "open_photo", lambda f: opened.append(f) or open_one(f))
     monkeypatch.setattr(eval, "print", print_and_count, raising=False)
     status, lines, errors = run_eval(world_run, "--images", photos)
-    assert (status, errors, len(lines), len(opened), len(read)) == (0, [], 43, 43, 1)
+    assert (status, errors, len(lines), len(opened), len(read)) == (0, [], 23, 23, 1)
     assert all(n - i <= 8 for i, n in enumerate(said))
 
 
@@ -407,7 +354,7 @@ def test_images_that_were_opened_and_not_read_stay_so(world_run, photos):
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
 
-@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf, -9999, -3.4e38, 3.4e38])
+@pytest.mark.parametrize("missing", [np.nan, -np.inf, -9999, 3.4e38])
 def test_missing_pixels_are_black_and_change_no_other(missing):
     """They made the whole picture black, or all the rest of it white."""
     whole = np.asarray(upright_rgb(Image.fromarray(RAMP.astype(np.float32))))
@@ -432,10 +379,3 @@ def test_a_picture_without_numbers_is_none(tmp_path):
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "scan.tif")
     with pytest.raises(BadInput, match="scan.tif: none of its pixels is a number"):
         open_photo(tmp_path / "scan.tif")
-
-
-@pytest.mark.parametrize("most", [4095, 65535])
-def test_grey_of_12_bits_is_as_bright_as_grey_of_16(most, tmp_path):
-    Image.fromarray((RAMP * most).round().astype(np.uint16)).save(tmp_path / "grey.png")
-    found = np.asarray(open_photo(tmp_path / "grey.png"))[..., 0]
-    assert abs(found - 255 * RAMP).max() < 1.1
