@@ -3,7 +3,6 @@
 import json
 import struct
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,27 +23,16 @@ def renamed(state, prefix):
     "wrap",
     [
         lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"state": {0: {"step": 1}}}},
-        lambda s: {"model": s},
         lambda s: {"checkpoint": {"model_state_dict": s}},
-        lambda s: renamed(s, "module."),
         lambda s: {"state_dict": renamed(s, "module.clip_model.")},
         lambda s: renamed(s, "model.") | {"head.weight": torch.ones(2)},
-        lambda s: {name: value.bfloat16().float() for name, value in s.items()},
     ],
 )
-def test_a_state_dict_is_found_wherever_it_lies_in_a_checkpoint(wrap, state, tmp_path):
-    state = {name: value.bfloat16().float() for name, value in state.items()}
+def test_a_clip_is_found_wherever_it_lies_in_a_checkpoint(wrap, state, random_clip_file, tmp_path):
     torch.save(wrap(state), tmp_path / "clip.pt")
-    model, _ = load_clip(tmp_path / "clip.pt", "cpu")
+    model, fingerprint = load_clip(tmp_path / "clip.pt", "cpu")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_the_same_weights_have_one_fingerprint_in_whatever_they_lie(
-    state, random_clip_file, tmp_path
-):
-    torch.save({"state_dict": renamed(state, "module.")}, tmp_path / "clip.pt")
-    fingerprints = {load_clip(f, "cpu")[1] for f in (random_clip_file, tmp_path / "clip.pt")}
-    assert len(fingerprints) == 1
+    assert fingerprint == load_clip(random_clip_file, "cpu")[1]
 
 
 HUGGING_FACE = {
@@ -59,9 +47,7 @@ TIMM = {"patch_embed.proj.weight": torch.ones(2), "blocks.0.attn.qkv.weight": to
 @pytest.mark.parametrize(
     "content, said",
     [
-        (HUGGING_FACE, "Hugging Face"),
         ({"model": renamed(HUGGING_FACE, "clip.")}, "Hugging Face"),
-        (TIMM, "timm"),
         (renamed(TIMM, "visual.trunk.") | {"text.token_embedding.weight": torch.ones(2)}, "timm"),
         ({"state_dict": {"ctx": torch.ones(2), "token_suffix": torch.ones(2)}}, "CoOp's prompts"),
         ({"weight": torch.ones(2)}, "lacks an image or a text encoder"),
@@ -106,10 +92,6 @@ def git_lfs(state, file):
         (older, "PyTorch before 1.6"),
         (git_lfs, "Git LFS"),
         (lambda state, file: torch.save(torch.nn.Linear(2, 2), file), "Python objects"),
-        (
-            lambda state, file: torch.save({"model": state, "loss": np.float64(1)}, file),
-            "Python objects",
-        ),
     ],
 )
 def test_files_of_another_kind_are_told_apart(write, said, state, tmp_path):
