@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,9 +9,10 @@ import torch
 from PIL import Image
 
 import eval
-from data import load_split, select_classes
-from lib import report, world
-from lib.runs import BadInput, find_runs, read_result
+from data import load_split
+from lib import report
+from lib.features import image_features
+from lib.runs import BadInput, find_runs
 
 PROMPTS = ["a photo of a {}.", "a sketch of a {}.", "{} texture."]
 STYLES = ["photo", "sketch"]
@@ -117,9 +114,8 @@ def test_an_ensemble_of_other_templates_has_a_row_of_its_own():
     assert sorted(found) == ["33.0", "60.0"]
 
 
-@pytest.mark.parametrize("method, accuracy", [("zeroshot", 51.0), ("ensemble", 60.0)])
-def test_clip_as_it_is_has_one_row(method, accuracy):
-    found = rows([run(method, accuracy=accuracy)])
+def test_clip_as_it_is_has_one_row():
+    found = rows([run("zeroshot", accuracy=51.0)])
     assert [(row["method"], row["accuracy"]) for row in found] == [
         ("ensemble", "60.0"),
         ("zero-shot", "51.0"),
@@ -139,47 +135,23 @@ def test_every_other_task_has_a_column():
 
 def test_runs_with_other_clips_are_in_other_rows():
     found = rows([run(), run(clip="RN50", accuracy=60.0)])
-    found = {row["CLIP"]: row for row in found if row["method"] == "mocoop"}
-    assert {clip: row["accuracy"] for clip, row in found.items()} == {
-        "ViT-B/16": "80.0", "RN50": "60.0"
-    }  # fmt: skip
+    accuracies = {row["CLIP"]: row["accuracy"] for row in found if row["method"] == "mocoop"}
+    assert accuracies == {"ViT-B/16": "80.0", "RN50": "60.0"}
 
 
-@pytest.mark.parametrize("content", ["{}", '{"config": {"seed": 1}}', "[" * 100_000])
-def test_what_is_not_a_result_is_named_and_left_out(tmp_path, content, capsys):
+def test_what_is_not_a_result_is_named_and_left_out(tmp_path, capsys):
     result, _ = run()
     for name in ("run", "foreign"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(result))
-    (tmp_path / "run/eval_notes.json").write_text(content)
-    (tmp_path / "foreign/result.json").write_text(content)
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    (tmp_path / "run/eval_notes.json").write_text("{}")
+    (tmp_path / "foreign/result.json").write_text(json.dumps(result | {"accuracy": math.nan}))
     assert find_runs(tmp_path) == [(result, [])]
     foreign, notes = capsys.readouterr().err.splitlines()
-    for line, file in ((foreign, "foreign/result.json"), (notes, "run/eval_notes.json")):
-        assert line.startswith(f"left out: {tmp_path / file} is not the result of a run")
-    shutil.rmtree(tmp_path / "run")
+    assert "foreign/result.json is not the result of a run" in foreign
+    assert "run/eval_notes.json is not the result of a run" in notes
     with pytest.raises(BadInput, match="no finished run below"):
-        find_runs(tmp_path)
-
-
-def test_an_accuracy_that_is_no_number_and_a_folder_are_no_results(tmp_path):
-    result, _ = run()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/result.json").write_text(json.dumps(result | {"accuracy": math.nan}))
-    (tmp_path / "b/result.json").mkdir(parents=True)
-    for name in ("a", "b"):
-        with pytest.raises(BadInput, match="is not the result of a run"):
-            read_result(tmp_path / name / "result.json")
-
-
-def test_a_result_that_does_not_know_its_own_label_is_to_be_made_again(tmp_path):
-    result, _ = run()
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    assert read_result(tmp_path / "result.json") == result
-    del result["label"], result["changed_flags"]
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(BadInput, match="result.json is from an older version: remove"):
-        read_result(tmp_path / "result.json")
+        find_runs(tmp_path / "foreign")
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -207,9 +179,7 @@ def heat_map(figure):
     for text in axes.texts:
         x, y = text.get_position()
         cells[y, x] = int(text.get_text())
-        if cells[y, x] != 60:
-            assert text.get_color() == ("white" if cells[y, x] > 60 else "black")  # on grey
-    assert axes.images[0].get_clim() == (0, 1) and axes.images[0].get_cmap().name == "Greys"
+    assert axes.images[0].get_clim() == (0, 1)
     assert np.allclose(axes.images[0].get_array() * 100, cells, atol=0.51)
     return *names, cells.tolist()
 
@@ -226,29 +196,6 @@ def lines(figure):
 
 def bars(axes, names):
     return dict(zip(names, (bar.get_width() for bar in axes.patches)))
-
-
-def test_nobody_waits_for_matplotlib_and_none_of_its_backends_is_needed(tmp_path):
-    """Neither by importing train.py and eval.py, nor by drawing."""
-    program = (
-        "import sys, json, train, eval; from pathlib import Path; from lib import report\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "report.router_picture(json.loads(sys.argv[1]), Path(sys.argv[2]))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    result, _ = run()
-    command = [sys.executable, "-c", program, json.dumps(result), tmp_path / "router.png"]
-    environment = os.environ | {"MPLBACKEND": "module://nowhere"}
-    root = eval.Path(eval.__file__).parent
-    subprocess.run(command, check=True, env=environment, cwd=root)
-    assert np.asarray(Image.open(tmp_path / "router.png")).std() > 1
-
-
-def test_a_runs_picture_has_its_table(figures, tmp_path):
-    result, _ = run(seed=3)
-    report.router_picture(result, tmp_path / "router.png")
-    found = heat_map(figures["router.png"])
-    assert found == (STYLES, PROMPTS, [[30, 60, 10], [20, 70, 10]])
 
 
 def test_of_many_classes_the_most_unusual_are_shown_under_their_names(figures, tmp_path):
@@ -275,18 +222,6 @@ def test_curves_are_means_over_seeds_of_the_methods_own_settings(figures, tmp_pa
     assert drawn["mocoop"] == ([4, 8, 16], [76.0, 80.0, 88.0])
     assert drawn["coop"] == ([4, 16], [64.0, 76.0])
     assert drawn["zero-shot"][1] == [52.0, 52.0] and drawn["ensemble"][1] == [60.0, 60.0]
-    bands = figures["few_shot.png"].axes[0].collections
-    band = bands[1].get_paths()[0].vertices[:, 1]  # of mocoop, after coop's
-    assert "3 seeds at most" in title(figures["few_shot.png"])
-    std = (2 / 3) ** 0.5
-    assert band.min() == pytest.approx(76 - std) and band.max() == pytest.approx(88 + std)
-
-
-def test_methods_below_zero_shot_are_seen(figures, tmp_path):
-    runs = [run(shots=n, accuracy=45.0) for n in (8, 16)]
-    runs += [run("linear", shots=n, accuracy=5.0 + n) for n in (8, 16)]
-    report.draw_pictures(runs, tmp_path)
-    assert 20 < figures["few_shot.png"].axes[0].get_ylim()[0] < 45  # CLIP as it is: 51
 
 
 def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_path):
@@ -301,17 +236,6 @@ def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_pa
     for template, expected in zip(PROMPTS, [[30, 25], [60, 25], [10, 50]]):
         epochs, share = drawn[template]
         assert epochs == [1, 2] and share == pytest.approx(expected)
-    report.draw_pictures([run(seed=3)], tmp_path)
-    for name in ("router.png", "usage.png"):
-        assert "seed 3" in title(figures[name])
-
-
-def test_a_name_may_hold_dollars(figures, tmp_path):
-    result, _ = run()
-    result["router"]["rows"] = ["$a", "from $5 to $$ \\frac$"]
-    report.router_picture(result, tmp_path / "router.png")
-    labels = figures["router.png"].axes[0].get_yticklabels()
-    assert not any(text.get_parse_math() for text in labels)
 
 
 def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
@@ -329,8 +253,6 @@ def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
         ]
     report.draw_pictures(runs, tmp_path)
     h, everything = figures["ablation.png"].axes
-    assert everything.get_xlabel() == "accuracy, all classes (%)"
-    assert h.get_xlabel() == "H, base to new (%)"
     names = [t.get_text() for t in h.get_yticklabels()]  # which both share
     assert bars(everything, names) == {
         "MoCoOp": 83.0, "top k 1": 70.0, "one group": 75.0, "groups auto": 77.0
@@ -340,22 +262,16 @@ def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
     assert ends["MoCoOp"] == (82.0, 84.0) and ends["top k 1"] == (70.0, 70.0)
     widths = bars(h, names)
     assert widths["MoCoOp"] == 72.0 and np.isnan(widths["top k 1"])
-    assert list(everything.lines[-1].get_xdata()) == [83.0, 83.0]  # dotted
 
 
 def test_a_new_mixture_shows_in_every_picture(figures, tmp_path):
-    runs = [
-        run(method, shots=shots, accuracy=accuracy)
-        for method, accuracy in (("mocoop", 80.0), ("balanced", 90.0))
-        for shots in (8, 16)
-    ]
+    runs = [run(method, shots=n) for method in ("mocoop", "balanced") for n in (8, 16)]
     report.draw_pictures(runs, tmp_path)
     mixtures = {f"{name}{of}.png" for name in ("router", "usage") for of in ("", "_balanced")}
     assert figures.keys() == {"few_shot.png", "ablation.png"} | mixtures
-    assert lines(figures["few_shot.png"])["balanced"] == ([8, 16], [90.0, 90.0])
-    axes = figures["ablation.png"].axes[0]
-    names = [t.get_text() for t in axes.get_yticklabels()]
-    assert bars(axes, names) == {"MoCoOp": 80, "balanced": 90}
+    assert "balanced" in lines(figures["few_shot.png"])
+    labels = figures["ablation.png"].axes[0].get_yticklabels()
+    assert {t.get_text() for t in labels} == {"MoCoOp", "balanced"}
 
 
 def test_datasets_are_drawn_apart(figures, tmp_path):
@@ -368,8 +284,6 @@ def test_datasets_are_drawn_apart(figures, tmp_path):
 
 
 def test_pictures_are_files_and_nothing_is_drawn_of_nothing(tmp_path):
-    with pytest.raises(BadInput, match="there is no folder"):
-        find_runs(tmp_path / "out")
     assert report.draw_pictures([run(epochs=1)], tmp_path) == []  # not the method's own settings
     drawn = report.draw_pictures([run(shots=8), run()], tmp_path)
     assert drawn == ["few_shot.png", "router.png", "usage.png"]
@@ -377,34 +291,22 @@ def test_pictures_are_files_and_nothing_is_drawn_of_nothing(tmp_path):
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
 
 
-def test_an_evaluations_pictures_show_what_was_answered(run_train, figures, tmp_path):
-    """Of a hard test set, where some answers are wrong."""
-    run_train("--shots 1 --epochs 1")
-    sheets = []
-    for _ in range(2):
-        result = eval.evaluate(tmp_path / "run", dataset="shapes_a", classes="new")
-        sheets.append(figures["samples_shapes_a_new.png"])
-    rows, columns, cells = heat_map(figures["eval_shapes_a_new.png"])
-    assert (rows, columns) == (list(world.STYLES), list(result["prompt_usage"]))
-    assert np.allclose(cells, 100 * np.array(result["router"]["share"]), atol=0.51)
-
-    run = eval.load_run(tmp_path / "run")
-    split = select_classes(load_split("shapes_a", "nowhere"), "new")
-    items = {split.open(item.path).tobytes(): item for item in split.test}
-    sheet, again = ([axes for axes in figure.axes if axes.images] for figure in sheets)
-    for one, other in zip(sheet, again, strict=True):
-        assert np.array_equal(one.images[0].get_array(), other.images[0].get_array())
-    images = [Image.fromarray(np.asarray(axes.images[0].get_array())) for axes in sheet]
-    assert len({image.tobytes() for image in images}) == 16
-    assert len({items[image.tobytes()].label for image in images}) > 4  # from everywhere
-    names, probabilities, weights = run.classify(images, split.class_names)
-    wrong = 0
-    for axes, image, p, w in zip(sheet, images, probabilities, weights):
-        truth, answer = names[items[image.tobytes()].label], names[p.argmax()]
+def test_the_sheet_of_samples_shows_what_was_answered(own_run, eurosat, figures):
+    eval.evaluate(own_run)
+    run, split = eval.load_run(own_run), load_split("eurosat", eurosat)
+    features = image_features(run.clip_model, run.fingerprint, split, split.test)
+    names, probabilities, weights = run.classify(features)
+    images = [split.open(item.path).tobytes() for item in split.test]
+    sheet = [axes for axes in figures["samples_eurosat_all.png"].axes if axes.images]
+    shown = [images.index(np.asarray(axes.images[0].get_array()).tobytes()) for axes in sheet]
+    assert len(set(shown)) == 16
+    assert len({split.test[i].label for i in shown}) > 4  # from everywhere
+    n_wrong = 0
+    for axes, i in zip(sheet, shown):
+        truth, answer = names[split.test[i].label], names[probabilities[i].argmax()]
         said = [truth] if answer == truth else [f"{truth},", f"taken for {answer}"]
-        for g in w.argsort(descending=True)[:2].tolist():
-            said.append(f"{100 * w[g]:.0f}% {run.model.templates[g]}")
+        for g in weights[i].argsort(descending=True)[:2].tolist():
+            said.append(f"{100 * weights[i, g]:.0f}% {run.model.templates[g]}")
         assert axes.get_title(loc="left").split("\n") == said
-        assert axes._left_title.get_color() == ("black" if answer == truth else "firebrick")
-        wrong += answer != truth
-    assert 0 < wrong < 16
+        n_wrong += answer != truth
+    assert 0 < n_wrong < 16
