@@ -4,7 +4,6 @@ import json
 
 import clip
 import plain
-import pytest
 import torch
 from conftest import HERE, config_of
 from pytest import approx
@@ -61,9 +60,6 @@ def test_methods_are_compared_run_by_run():
     row = cells("paired", ["CoOp"])
     assert row[:3] == ["+2.0 ± 0.8", "+0.0", "-1.0"]  # 1, 2, 3 better on each task
     assert row[4:] == ["12 of 12", "0 of 12"]
-    lasp = run("shapes", "all", "lasp", 2, 80.0), run("shapes", "all", "lasp", 1, 82.0)
-    row = cells("paired", ["LASP"], [*lines(), *lasp])  # level once, 2 behind once
-    assert row[0] == "-1.0 ± 1.0" and row[4] == "0 of 2"
 
 
 def test_ablations_are_differences_to_the_published_setting_of_the_same_seed():
@@ -107,16 +103,13 @@ def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
     assert made == kept and len(set(made)) == len(made)
 
 
-@pytest.mark.slow
-def test_a_run_is_made_once_and_gives_the_same_again(tmp_path, monkeypatch):
+def test_a_run_is_made_and_evaluated_once(tmp_path, small_world, no_pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
     words = "--method mocoop --shots 1 --epochs 1 --classes base"
-    result, others, _ = first = run_job(words)
-    assert [other["classes"] for other in others] == ["new"]
+    first = run_job(words)
+    assert [other["classes"] for other in first[1]] == ["new"]
     assert run_job(words) == first  # with its seconds
-    again = run_job(words, again=True)
-    assert again[0] | {"train_seconds": result["train_seconds"]} == result and again[1] == others
 
 
 def test_a_mixture_is_taken_apart_into_what_it_was(
