@@ -46,14 +46,6 @@ def test_lib_imports_no_script_and_only_tests_import_tools():
         assert name.startswith("tools.") or not any(o.startswith("tools.") for o in others), name
 
 
-def test_imports_have_no_circles():
-    below = dict(OURS)
-    while below:
-        ready = {name for name, others in below.items() if not others & below.keys()}
-        assert ready, f"a circle among {sorted(below)}"
-        below = {name: others for name, others in below.items() if name not in ready}
-
-
 @pytest.mark.parametrize("name", ["prompts", "router", "losses"])
 def test_the_method_imports_torch_and_clip_alone(name):
     outside = {other.split(".")[0] for other in IMPORTS[name]} - sys.stdlib_module_names
