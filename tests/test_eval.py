@@ -27,13 +27,10 @@ def test_a_run_on_its_own_test_images_repeats_its_result(own_run):
 def test_a_setting_that_is_younger_than_the_run_has_its_default(own_run):
     stored = checkpoint(own_run)
     accuracy = eval.evaluate(own_run)["accuracy"]
-    for name in ("text_encoder", "text_scale", "conditional", "full_stop", "chunk"):
+    for name in ("text_encoder", "conditional", "chunk"):
         del stored["config"][name]
     del stored["prompt_names"]
     torch.save(stored, own_run / "checkpoint.pt")
-    run = eval.load_run(own_run)
-    assert run.config["text_encoder"] == "fast" and run.config["text_scale"] == 1.0
-    assert run.config["conditional"] is run.config["full_stop"] is False
     assert eval.evaluate(own_run)["accuracy"] == accuracy
 
 
@@ -51,42 +48,25 @@ def test_what_is_no_run_is_refused(own_run, tmp_path):
         record = max(archive.infolist(), key=lambda entry: entry.file_size)
     inside = record.header_offset + 30 + len(record.filename) + 200
     assert record.file_size > 1000
-    for damaged in (
-        whole[:1000],
-        whole[:inside] + bytes([whole[inside] ^ 1]) + whole[inside + 1 :],
-    ):
-        file.write_bytes(damaged)
-        with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
-            eval.load_run(own_run)
+    file.write_bytes(whole[:inside] + bytes([whole[inside] ^ 1]) + whole[inside + 1 :])
+    with pytest.raises(BadInput, match="checkpoint.pt is not a checkpoint of a run"):
+        eval.load_run(own_run)
     file.write_bytes(whole)
     lacking = checkpoint(own_run)
     del lacking["model"]["router.gate.bias"]
-    for content, said in (
-        (lacking, "does not fit the run it names"),
-        ({}, "is not the checkpoint of a run"),
-    ):
+    for content in (lacking, {}):
         torch.save(content, file)
-        with pytest.raises(BadInput, match=f"checkpoint.pt {said}"):
+        with pytest.raises(BadInput, match="checkpoint.pt"):
             eval.load_run(own_run)
-
-
-def draw_folder(folder):
-    """A dataset of one's own."""
-    for name in ("cat", "dog"):
-        for i in range(6):
-            draw_image(folder / name / f"{i}.jpg", f"{name}{i}")
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         ("", "name a RUN, or --table DIR, or --plots DIR"),
-        ("run --table out", "name a RUN, or --table DIR, or --plots DIR"),
         ("--table nowhere", "there is no folder nowhere"),
         ("nowhere", "nowhere holds no finished run"),
         ("--table . --words", "--words has no effect here"),
-        ("run --names cat,dog", "--names has no effect here"),
-        ("run --words --classes new", "--classes has no effect here"),
     ],
 )
 def test_bad_input_gets_one_line(flags, said, tmp_path, monkeypatch, run_eval):
@@ -107,9 +87,9 @@ def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
     first, *vectors = lines[: lines.index("a photo of a {}.")]
     assert status == 0 and first == "a centered satellite photo of {}."
     assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
-    behind = "--init", "a {} of a nice kind", "--out", tmp_path / "behind"
-    run_train(f"{small} --shots 1 --epochs 1 --one-group", *behind)
-    _, lines, _ = run_eval(tmp_path / "behind", "--words")
+    init = "--init", "a {} of a nice kind", "--out", tmp_path / "two_sided"
+    run_train(f"{small} --shots 1 --epochs 1 --one-group", *init)
+    _, lines, _ = run_eval(tmp_path / "two_sided", "--words")
     words = [line.split()[:2] for line in lines[1:]]
     assert words == [["v1", "a"], ["v2", "of"], ["v3", "a"], ["v4", "nice"], ["v5", "kind"]]
 
@@ -131,42 +111,38 @@ def test_every_prompt_with_a_weight_is_told():
 def test_a_run_whose_files_have_moved_is_told_where_they_are(
     run_train, own_eurosat, random_clip_file, tmp_path, run_eval
 ):
-    clip_file, photo = tmp_path / "clip.pt", tmp_path / "photo.jpg"
+    clip_file, moved, run = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "run"
     shutil.copy(random_clip_file, clip_file)
-    draw_image(photo, 1)
     flags = "--dataset eurosat --shots 1 --epochs 1 --image-side prompts --data"
     result = run_train(flags, own_eurosat, "--clip", clip_file)
-    data, moved, run = own_eurosat.rename(tmp_path / "there"), tmp_path / "b.pt", tmp_path / "run"
+    data = own_eurosat.rename(tmp_path / "there")
     clip_file.rename(moved)
-    for command in (["--data", data], ["--words"], ["--images", photo]):
-        assert run_eval(run, *command)[0] == 2
-        assert run_eval(run, *command, "--clip", moved)[0] == 0
-        status, _, errors = run_eval(run, *command, "--clip", moved, "--device", "tpu9")
-        assert status == 2 and "no device 'tpu9'" in errors[0]
+    assert run_eval(run, "--data", data)[0] == 2
+    assert run_eval(run, "--data", data, "--clip", moved)[0] == 0
     again = json.loads((run / "eval_eurosat_all.json").read_text())
     assert again["accuracy"] == result["accuracy"]
-    status, _, errors = run_eval(run, "--clip", moved)
-    assert status == 2 and "name another --data" in errors[0]
+    status, _, errors = run_eval(run, "--clip", moved, "--device", "tpu9")
+    assert status == 2 and "no device 'tpu9'" in errors[0]
 
 
 def test_a_run_finds_its_files_from_any_folder(
     run_train, random_clip_file, tmp_path, monkeypatch, capsys
 ):
-    draw_folder(tmp_path / "photos")
+    for name in ("cat", "dog"):
+        for i in range(6):
+            draw_image(tmp_path / "photos" / name / f"{i}.jpg", f"{name}{i}")
     (tmp_path / "mine.txt").write_text("a photo of a {}.\n\na sketch of a {}.\n")
     shutil.copy(random_clip_file, tmp_path / "clip.pt")
-    (tmp_path / "deep").mkdir()
-    for folder, up in ((tmp_path, ""), (tmp_path / "deep", "../")):  # the second replaces the first
-        monkeypatch.chdir(folder)
-        files = {"dataset": "photos", "groups": "mine.txt", "clip": "clip.pt"}
-        flags = " ".join(f"--{flag} {up}{file}" for flag, file in files.items())
-        result = run_train(f"{flags} --shots 1 --epochs 1 --views 1")
-        assert {flag: result["config"][flag] for flag in files} == {
-            flag: str(tmp_path / file) for flag, file in files.items()
-        }
-        assert result["label"] == "mocoop-clipclip-epochs1-groupsmine-views1"
-        assert result["changed_flags"].keys() == {"clip", "epochs", "groups", "views"}
+    files = {"dataset": "photos", "groups": "mine.txt", "clip": "clip.pt"}
+    flags = " ".join(f"--{flag} {file}" for flag, file in files.items())
+    monkeypatch.chdir(tmp_path)
+    result = run_train(f"{flags} --shots 1 --epochs 1 --views 1")
+    assert {flag: result["config"][flag] for flag in files} == {
+        flag: str(tmp_path / file) for flag, file in files.items()
+    }
+    assert result["label"] == "mocoop-clipclip-epochs1-groupsmine-views1"
+    with pytest.raises(BadInput, match="run lies in the dataset itself: choose another --out"):
+        run_train(f"{flags} --shots 1 --out photos/run")
+    monkeypatch.chdir("/")
     assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
     assert "SUN397" not in capsys.readouterr().out  # whose templates serve who has none
-    with pytest.raises(BadInput, match="run lies in the dataset itself: choose another --out"):
-        run_train(f"{flags} --shots 1 --out ../photos/run")

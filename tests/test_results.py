@@ -4,6 +4,7 @@ import json
 
 import clip
 import plain
+import pytest
 import torch
 from conftest import HERE, config_of
 from pytest import approx
@@ -15,6 +16,8 @@ from lib.world import TASKS
 from tools import reproduce
 from tools.reproduce import SHIFTED, TABLES, Results, filled, run_job
 from tools.why import why
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def run(dataset, classes, label, seed, accuracy, new=None, parts=None, **changed):
@@ -103,7 +106,7 @@ def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
     assert made == kept and len(set(made)) == len(made)
 
 
-def test_a_run_is_made_and_evaluated_once(tmp_path, small_world, no_pictures, monkeypatch):
+def test_a_run_is_made_and_evaluated_once(tmp_path, small_world, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
     words = "--method mocoop --shots 1 --epochs 1 --classes base"

@@ -18,6 +18,8 @@ from lib.runs import BadInput
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.mark.parametrize("flags", ["--text-bias", "--method coop --epochs 1"])
 def test_the_readmes_lines_give_the_runs_own_logits(flags, run_train, run_eval, small, tmp_path):

@@ -95,7 +95,7 @@ def test_only_resume_continues_a_stopped_run_until_it_is_finished(
         capsys.readouterr()
         run_train(f"{small} {FINISHED} {resume}")
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert [words[1] for words in lines if words[0] == "epoch"] == epochs
+        assert [words[1] for words in lines if words[:1] == ["epoch"]] == epochs
 
     before = (own_run / "result.json").stat().st_mtime_ns
     with pytest.raises(SystemExit) as exit:
