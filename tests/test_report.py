@@ -1,7 +1,6 @@
 """Numbers, tables and pictures: the runs' own numbers, under the right names."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -145,7 +144,7 @@ def test_what_is_not_a_result_is_named_and_left_out(tmp_path, capsys):
         (tmp_path / name).mkdir()
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     (tmp_path / "run/eval_notes.json").write_text("{}")
-    (tmp_path / "foreign/result.json").write_text(json.dumps(result | {"accuracy": math.nan}))
+    (tmp_path / "foreign/result.json").write_text(json.dumps({"accuracy": 80.0}))
     assert find_runs(tmp_path) == [(result, [])]
     foreign, notes = capsys.readouterr().err.splitlines()
     assert "foreign/result.json is not the result of a run" in foreign
@@ -194,8 +193,9 @@ def lines(figure):
     return {label: (list(x), list(y)) for label, (x, y) in drawn.items()}
 
 
-def bars(axes, names):
-    return dict(zip(names, (bar.get_width() for bar in axes.patches)))
+def means(axes, names):
+    (points,) = axes.containers
+    return dict(zip(names, points.lines[0].get_xdata()))
 
 
 def test_of_many_classes_the_most_unusual_are_shown_under_their_names(figures, tmp_path):
@@ -238,7 +238,7 @@ def test_router_and_usage_are_means_over_seeds_at_the_most_shots(figures, tmp_pa
         assert epochs == [1, 2] and share == pytest.approx(expected)
 
 
-def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
+def test_an_ablations_means_have_their_own_names_and_deviations(figures, tmp_path):
     runs = []
     for seed in (1, 2):
         runs += [
@@ -254,14 +254,14 @@ def test_bars_have_their_own_names_and_lengths(figures, tmp_path):
     report.draw_pictures(runs, tmp_path)
     h, everything = figures["ablation.png"].axes
     names = [t.get_text() for t in h.get_yticklabels()]  # which both share
-    assert bars(everything, names) == {
+    assert means(everything, names) == {
         "MoCoOp": 83.0, "top k 1": 70.0, "one group": 75.0, "groups auto": 77.0
     }  # fmt: skip
     (errors,) = everything.collections  # mean ± std
     ends = {names[round(y)]: (low, high) for (low, y), (high, _) in errors.get_segments()}
     assert ends["MoCoOp"] == (82.0, 84.0) and ends["top k 1"] == (70.0, 70.0)
-    widths = bars(h, names)
-    assert widths["MoCoOp"] == 72.0 and np.isnan(widths["top k 1"])
+    of_h = means(h, names)
+    assert of_h["MoCoOp"] == 72.0 and np.isnan(of_h["top k 1"])
 
 
 def test_a_new_mixture_shows_in_every_picture(figures, tmp_path):
