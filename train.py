@@ -592,7 +592,7 @@ def run_in(folder, config, resume, device):
         "clip_fingerprint": fingerprint,
         "model": model.state_dict(),
     }
-    runs.publish(folder, checkpoint, result)
+    runs.publish(folder, checkpoint, result, defaults, MACHINE)
     if model.templates:
         report.router_picture(result, folder / "router.png")
     files = [folder / name for name in ("checkpoint.pt", "result.json", "router.png")]

@@ -336,13 +336,17 @@ def check_made_of(folder, state, parts):
 # -------------------------------------------------------------------------------- a run's result
 
 
-def publish(folder, checkpoint, result):
+def publish(folder, checkpoint, result, defaults, ignored):
     """Puts the files of a finished run in `folder`, in place of an earlier run's, and says what
     came out.
 
     Nothing of an earlier run goes before everything of this one is on disk. `resume.pt` goes last:
-    a run killed in between can still be resumed.
+    a run killed in between can still be resumed. defaults, ignored: as in `open_run`, whose check
+    is repeated, as another process may have finished in this folder meanwhile.
     """
+    if (folder / "result.json").is_file():
+        its_config = read_result(folder / "result.json")["config"]
+        check_same_run(folder, its_config, result["config"], defaults, ignored)
     with replacing(folder / "checkpoint.pt", ANOTHER_OUT) as new_checkpoint:
         new_checkpoint.write_bytes(torch_bytes(checkpoint))
         with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before it

@@ -96,11 +96,11 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run_train, small, own_run
     with disk_that_holds(2000), pytest.raises(BadInput, match=said):
         run_train(f"{small} {SHORT}")
     for name, *contents in (
-        ("checkpoint.pt", {"model": torch.zeros(6000)}, {}),
-        ("result.json", {}, {"text": 1000 * "long "}),
+        ("checkpoint.pt", {"model": torch.zeros(6000)}, {"config": {}}),
+        ("result.json", {}, {"config": {}, "text": 1000 * "long "}),
     ):
         with disk_that_holds(2000), pytest.raises(BadInput, match=f"cannot write .*run/{name}: F"):
-            runs.publish(own_run, *contents)
+            runs.publish(own_run, *contents, defaults={}, ignored=set())
     assert {file.name: file.read_bytes() for file in own_run.iterdir()} == before
 
 

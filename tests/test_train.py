@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,23 @@ def test_a_stopped_run_goes_on_with_moved_data_but_not_with_other_parts(
     there = own_eurosat.rename(tmp_path / "there")
     result = run_train(flags, there, *parts, "--resume")
     assert len(result["prompt_usage_by_epoch"]) == 3
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_numbers(tmp_path):
+    program = [sys.executable, Path(train.__file__), "--shots", "2", "--epochs", "12", "--out"]
+    subprocess.run([*program, tmp_path / "whole"], check=True, capture_output=True)
+    parts = [*program, tmp_path / "parts", "--resume"]
+    for _ in range(3):  # killed three times, whatever it was doing
+        process = subprocess.Popen(parts, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("epoch") and int(line.split()[1].split("/")[0]) % 3 == 0:
+                break
+        process.kill()
+        process.wait()
+    done = subprocess.run(parts, check=True, capture_output=True, text=True)
+    assert "resuming after epoch" in done.stdout
+    assert same_parameters(tmp_path / "whole", tmp_path / "parts")
 
 
 # -------------------------------------------------------------------------------- a run's folder
