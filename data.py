@@ -315,7 +315,10 @@ def _check(split):
         present = {item.label for item in getattr(split, part)}
         for label, name in enumerate(split.class_names):
             if label not in present:
-                raise BadInput(f"{split.dataset}: the class {name!r} has no image in {part}")
+                raise BadInput(
+                    f"{split.dataset}: the class {name!r} has no image in {part}, where every"
+                    " class needs one"
+                )
     return split
 
 

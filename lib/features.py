@@ -258,7 +258,7 @@ def image_features(
     rank, n_processes, rows = parallel.rank(), parallel.world(), {}
     if cached and rank == 0:
         rows = _load_rows(folder, wanted.keys(), width + 1)
-    rows = parallel.from_first(rows)
+    rows = parallel.gather(rows)[0]
     todo = [key for key in wanted if key not in rows]
     print(
         f"{what}: {len(items):,}"

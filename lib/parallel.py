@@ -123,11 +123,3 @@ def gather(thing):
     if world() > 1:
         dist.all_gather_object(things, thing)
     return things
-
-
-def from_first(thing):
-    """The first process's thing, in every process."""
-    things = [thing]
-    if world() > 1:
-        dist.broadcast_object_list(things, device=torch.device("cpu"))
-    return things[0]

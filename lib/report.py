@@ -1,7 +1,6 @@
 """Numbers, tables and pictures: of a model's predictions, and of runs by their `result.json`."""
 
 import contextlib
-import json
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -147,9 +146,7 @@ class Line(NamedTuple):
     classes: str
     clip: str
     shots: int  # 0 for CLIP as it is
-    label: str  # the method and its changed flags, as in a run's folder
-    method: str
-    changed_flags: str  # JSON
+    label: str  # the method and its changed settings, as in a run's folder
 
 
 def accuracies(runs):
@@ -165,13 +162,12 @@ def accuracies(runs):
         task = config["dataset"], result["classes"], result["clip"]  # a folder has its full path
         # The ensemble depends on the templates alone, however they are grouped.
         templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
-        own = Line(*task, config["shots"], result["label"], result["method"], json.dumps(changed))
         lines = {
-            "zero_shot_accuracy": Line(*task, 0, "zero-shot", "zero-shot", "{}"),
-            "ensemble_accuracy": Line(*task, 0, "ensemble", "ensemble", json.dumps(templates)),
+            "zero_shot_accuracy": Line(*task, 0, "zero-shot"),
+            "ensemble_accuracy": Line(*task, 0, run_label("ensemble", templates)),
         }
         if result["method"] not in UNTRAINED:
-            lines["accuracy"] = own
+            lines["accuracy"] = Line(*task, config["shots"], result["label"])
         for key, line in lines.items():
             columns = rows[line]
             columns["accuracy"][config["seed"]] = result[key]
@@ -193,27 +189,29 @@ def mean_h(columns):
     return harmonic_mean(*np.mean(pairs, axis=0)), np.std([harmonic_mean(*p) for p in pairs])
 
 
+def cell(values, sign=""):
+    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" shows a plus, too."""
+    if not values:
+        return "–"
+    mean, std = mean_std(values.values())
+    spread = f" ± {std:.1f}" if len(values) > 1 and std > 1e-9 else ""
+    return f"{mean:{sign}.1f}{spread}"
+
+
 def runs_table(runs):
     """All runs in Markdown. runs: from `lib.runs.find_runs`."""
     rows = accuracies(runs)
-
-    def cell(values):
-        if not values:
-            return ""
-        mean, std = mean_std(values.values())
-        return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 and std else f"{mean:.1f}"
-
     targets = sorted({c for row in rows.values() for c in row} - {"accuracy", "new"})
     columns = ["dataset", "classes", "CLIP", "method", "shots", "seeds", "accuracy", "new", "H"]
     lines = [[*columns, *targets]]
     for row in sorted(rows, key=lambda row: (*row[:3], row.shots, row)):
         values = rows[row]
         h = mean_h(values) if row.classes == "base" else None
-        what = [row.dataset, row.classes, row.clip, row.label, row.shots or ""]
-        cells = [cell(values["accuracy"]), cell(values["new"]), f"{h[0]:.1f}" if h else ""]
-        cells += [cell(values[target]) for target in targets]
-        lines.append([*what, len(values["accuracy"]) if row.shots else "", *cells])
-    used = [i for i in range(len(lines[0])) if any(line[i] != "" for line in lines[1:])]
+        seeds = len(values["accuracy"]) if row.shots else "–"
+        line = [row.dataset, row.classes, row.clip, row.label, row.shots or "–", seeds]
+        line += [cell(values["accuracy"]), cell(values["new"]), f"{h[0]:.1f}" if h else "–"]
+        lines.append(line + [cell(values[target]) for target in targets])
+    used = [i for i in range(len(lines[0])) if any(line[i] != "–" for line in lines[1:])]
     return markdown([[line[i] for i in used] for line in lines])
 
 
@@ -348,10 +346,10 @@ def draw_pictures(runs, folder):
 
 def few_shot_figure(runs):
     """Accuracy against shots, one line per method, one standard deviation shaded."""
+    plain = [run for run in runs if run[0]["classes"] == "all" and not run[0]["changed_flags"]]
     lines = defaultdict(dict)  # method -> shots -> accuracies
-    for row, columns in accuracies(runs).items():
-        if row.classes == "all" and (row.changed_flags == "{}" or not row.shots):
-            lines[row.method][row.shots] = list(columns["accuracy"].values())
+    for row, columns in accuracies(plain).items():
+        lines[row.label][row.shots] = list(columns["accuracy"].values())
     if not any(len(line) > 1 for line in lines.values()):
         return None
     figure, [[axes]] = new_figure(7, 4.6)
@@ -393,33 +391,29 @@ def usage_figure(results, title):
 
 
 def ablation_figure(runs):
-    """MoCoOp, MoCoOp with other flags, and other mixtures as they are, at the most shots there are:
-    accuracy on all classes, and H from base to new where it was measured."""
-    mixtures = [run for run in runs if run[0]["method"] == "mocoop" or run[0]["n_prompts"] > 1]
-    most = max((r["shots"] for r, _ in mixtures if r["method"] == "mocoop"), default=0)
-    rows = defaultdict(dict)  # name -> panel -> (mean, std)
-    for row, columns in accuracies(mixtures).items():
-        changed = json.loads(row.changed_flags)
-        if row.shots != most or "lr" in changed or (row.method != "mocoop" and changed):
-            continue
-        flags = [k if v is True else f"{k} {v}" for k, v in changed.items()]
-        name = ", ".join(flags) if row.method == "mocoop" else row.method
-        if row.classes == "all":
-            values = columns["accuracy"].values()
-            rows[name]["accuracy, all classes (%)"] = mean_std(values)
-        elif row.classes == "base" and mean_h(columns):
-            rows[name]["H, base to new (%)"] = mean_h(columns)
-    if len(rows) < 2 or "" not in rows or not most:
+    """MoCoOp, MoCoOp with other settings, and other mixtures as they are, at the most shots there
+    are: accuracy on all classes, and H from base to new where it was measured."""
+    ours = [
+        run for run in runs if run[0]["method"] == "mocoop" and "lr" not in run[0]["changed_flags"]
+    ]
+    others = [run for run in runs if run[0]["n_prompts"] > 1 and not run[0]["changed_flags"]]
+    most = max((result["shots"] for result, _ in ours), default=0)
+    rows = defaultdict(dict)  # label -> panel -> (mean, std)
+    for row, columns in accuracies([*ours, *others]).items():
+        if row.shots == most and row.classes == "all":
+            rows[row.label]["accuracy, all classes (%)"] = mean_std(columns["accuracy"].values())
+        elif row.shots == most and row.classes == "base" and mean_h(columns):
+            rows[row.label]["H, base to new (%)"] = mean_h(columns)
+    if len(rows) < 2 or "mocoop" not in rows or not most:
         return None
     panels = sorted({panel for row in rows.values() for panel in row})
     width, height = 1.8 + 3.6 * len(panels), 1.4 + 0.3 * len(rows)
     figure, [grid] = new_figure(width, height, across=len(panels), sharey=True)
-    flags = sorted(rows, key=lambda f: (f != "", f), reverse=True)
-    labels = [f.replace("_", " ") or "MoCoOp" for f in flags]
+    labels = sorted(rows, key=lambda label: (label != "mocoop", label), reverse=True)
     for axes, panel in zip(grid, panels):
-        means, stds = np.array([rows[f].get(panel, (np.nan, 0)) for f in flags]).T
+        means, stds = np.array([rows[label].get(panel, (np.nan, 0)) for label in labels]).T
         axes.errorbar(means, labels, xerr=stds, fmt="ko", capsize=2)
-        axes.axvline(means[flags.index("")], color="grey", lw=0.8, ls=":")
+        axes.axvline(means[labels.index("mocoop")], color="grey", lw=0.8, ls=":")
         axes.set(xlabel=panel)
     figure.suptitle(f"{runs[0][0]['dataset']}, {most} shots, mean ± std", fontsize=10)
     return figure

@@ -82,8 +82,9 @@ def finite(x, what):
 
 def nearest(word, words):
     """A hint for a mistyped word: " (did you mean 'x'?)" or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    words = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word.lower(), words, n=1)
+    return f" (did you mean {words[close[0]]!r}?)" if close else ""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

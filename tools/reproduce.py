@@ -32,7 +32,7 @@ from tqdm import tqdm
 import eval
 import train
 from lib.parallel import n_threads
-from lib.report import accuracies, draw_pictures, harmonic_mean, markdown, mean_std
+from lib.report import accuracies, cell, draw_pictures, harmonic_mean, markdown, mean_std
 from lib.runs import BadInput, Parser, exit_on_bad_input
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
@@ -335,15 +335,6 @@ class Results:
 def differences(one, other):
     """{key: one - other} of the keys that both have."""
     return {key: value - other[key] for key, value in one.items() if key in other}
-
-
-def cell(values, sign=""):
-    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" shows a plus, too."""
-    if not values:
-        return "–"
-    mean, std = mean_std(values.values())
-    spread = f" ± {std:.1f}" if len(values) > 1 and std > 1e-9 else ""
-    return f"{mean:{sign}.1f}{spread}"
 
 
 # -------------------------------------------------------------------------------------- the tables
