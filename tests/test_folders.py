@@ -261,7 +261,7 @@ def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(two, 
     folders = list(map(str, two))
     assert [row[0] for row in rows] == sorted(2 * [*folders, *others])  # zero-shot and ensemble
     assert head[-2:] == folders
-    assert [[bool(cell) for cell in row[-2:]] for row in rows[4:]] == 2 * [[1, 0]] + 2 * [[0, 1]]
+    assert [[cell != "–" for cell in row[-2:]] for row in rows[4:]] == 2 * [[1, 0]] + 2 * [[0, 1]]
 
     # A run keeps one evaluation of a name.
     run = tmp_path / "out/other1"
