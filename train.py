@@ -532,8 +532,9 @@ def run_in(folder, config, resume, device):
     if config["method"] in PROBES and not split.val:
         raise BadInput("a linear probe chooses its strength on val images, and there are none")
     clip_model, fingerprint = load_clip(config["clip"], device)
-    prompt_names, seen = names_in_training(config, full_split, split)
-    groups, hard = grouped_text(clip_model, prompt_names, config)
+    training_names, seen = names_in_training(config, full_split, split)
+    prompt_names = training_names  # that the prompts are read with, saved with the model
+    groups, hard = grouped_text(clip_model, training_names, prompt_names, config)
     if has_prompts and config["top_k"] > max(len(groups), defaults["top_k"]):
         # Only a number that was given is refused; the default is lowered if it must be.
         raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
@@ -601,26 +602,25 @@ def run_in(folder, config, resume, device):
 
 
 def names_in_training(config, full_split, split):
-    """The class names that the prompts are read with in training, and the slice of them that has
-    images. The text loss runs over the names of all classes; without it, names without images
-    would change nothing."""
+    """The class names that training may see, and the slice of them that has images. The text loss
+    runs over the names of all classes; without it, names without images would change nothing."""
     if not config["text_weight"] or config["text_names"] == "seen":
         return split.class_names, slice(None)
     names = full_split.class_names
     return names, class_slice(len(names), config["classes"])
 
 
-def grouped_text(clip_model, class_names, config):
-    """The run's groups of templates, and their `HardText` with these names."""
-    groups, text_encoder = named_groups(config), text_encoder_of(config)
-    with runs.doing("reading templates", "try a smaller --chunk"):
-        if config["groups"] == "auto":
-            templates = all_templates(groups)
-            features = template_features(clip_model, templates, class_names, text_encoder)
-            groups = group_templates(templates, features, config["n_groups"])
+@runs.doing("reading templates", "try a smaller --chunk")
+def grouped_text(clip_model, training_names, prompt_names, config):
+    """The run's groups of templates, for `--groups auto` found with the training's names, and
+    their `HardText` with the prompts' names."""
+    groups = named_groups(config)
+    read = partial(template_features, clip_model, text_encoder=text_encoder_of(config))
+    if config["groups"] == "auto":
         templates = all_templates(groups)
-        features = template_features(clip_model, templates, class_names, text_encoder)
-    return groups, hard_text(features, groups)
+        features = read(templates, training_names)
+        groups = group_templates(templates, features, config["n_groups"])
+    return groups, hard_text(read(all_templates(groups), prompt_names), groups)
 
 
 def train_prompts(model, clip_model, fingerprint, split, hard, seen, save, state):
