@@ -188,7 +188,7 @@ def compact(folder):
     task = "dataset", "classes", "clip", "shots", "seed"
     told_apart_by = *task, "method", "label", "changed_flags"
     untrained = "zero_shot_accuracy", "ensemble_accuracy"
-    measured = "accuracy", "val_accuracy", *untrained, "n_prompts", "train_seconds"
+    measured = "accuracy", "val_accuracy", *untrained, "n_prompts"
     short = pick(result, *told_apart_by, *measured)
     short["config"] = pick(result["config"], *task, "groups")
     if result["n_prompts"] > 1 and not result["changed_flags"] and result["shots"] in (4, 16):
@@ -464,20 +464,14 @@ def rates_table(results):
 
 def images_table(results):
     """What is learned in the image encoder, for MoCoOp and CoOp, on the four tasks."""
-    seconds = defaultdict(lambda: defaultdict(list))  # label -> task -> of each run
-    for result, *_ in results.lines:
-        if result["classes"] == "all" and result["shots"] == 16:
-            seconds[result["label"]][result["dataset"]].append(result["train_seconds"])
     rows = []
     for method in ("mocoop", "coop"):
         for side in ("nothing", "layer-norms", "prompts"):
             label = method if side == "nothing" else f"{method}-image_side{side}"
             means = map(cell, results.over_tasks(label).values())
             singly = [cell(results.measures(task, label)["all"]) for task in TASKS]
-            took = np.mean([np.mean(of) for of in seconds[label].values()])
-            rows.append([NAMES[method], side, *means, *singly, f"{took:.0f}"])
-    heading = ["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS, "s"]
-    return [heading, *rows]
+            rows.append([NAMES[method], side, *means, *singly])
+    return [["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS], *rows]
 
 
 def parts_exchanged(lines, columns):
