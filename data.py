@@ -1,16 +1,16 @@
-"""Datasets: how they are split, which few-shot images are drawn, and what base and new classes are.
+"""Datasets: their splits, the sampling of few-shot images, and base and new classes.
 
 A dataset is one of three things:
 
 - a row of lib/catalogue.py and a folder in the layout of CoOp's DATASETS.md, so the data folder
-  that the field's repositories share works as it is. One that is absent is downloaded, except
+  that the field's repositories share works unchanged. A missing dataset is downloaded, except
   ImageNet:
 
       data/eurosat/2750/AnnualCrop/AnnualCrop_1.jpg
       data/eurosat/split_zhou_EuroSAT.json
 
-- a folder of one's own, `<class>/*` or `{train,val,test}/<class>/*`; its classes are named after
-  their folders, or as a file `classnames.txt` says in lines of "folder name";
+- your own folder, `<class>/*` or `{train,val,test}/<class>/*`; its classes are named after their
+  folders, or by a file `classnames.txt` with lines of "folder name";
 - the built-in world (`shapes`, lib/world.py), whose images are drawn instead of read.
 
 Each becomes a `Split`: three lists of images with labels.
@@ -35,7 +35,7 @@ from prompts import check_apart
 
 # Where to find what is not downloaded.
 DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
-CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # its link
+CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # from there
 IMAGENET = (
     "images/train/<synset>/*.JPEG and images/val/<synset>/*.JPEG from https://image-net.org, and"
     f" classnames.txt from {CLASS_NAMES}"
@@ -53,7 +53,7 @@ class Item(NamedTuple):
 class Split:
     """A dataset, or a part of one: three lists of items, labels counting from 0."""
 
-    dataset: str  # a name of the catalogue, or the full path of a folder of one's own
+    dataset: str  # a name of the catalogue, or the full path of your own folder
     folder: Path | None  # None: the images are drawn
     source: str  # `coop`, `folder`, `seeded` or `shapes`: where the lists come from
     class_names: list[str]  # by label
@@ -87,13 +87,13 @@ class Split:
 
 
 def full_dataset(dataset):
-    """A dataset as a run's configuration names it: a folder of one's own by its full path."""
+    """A dataset as a run's configuration names it: your own folder by its full path."""
     known = dataset in DATASETS or not os.path.isdir(dataset)
     return dataset if known else str(Path(dataset).resolve())
 
 
 def dataset_name(dataset):
-    """The short name of a dataset: of a folder of one's own, the last component of its path."""
+    """The short name of a dataset: for your own folder, the last component of its path."""
     return dataset if dataset in DATASETS else Path(dataset).resolve().name
 
 
@@ -103,11 +103,11 @@ def dataset_name(dataset):
 def few_shot(split, shots, seed):
     """CoOp's few-shot sample: per class `shots` training images and min(shots, 4) val images.
 
-    Its rule to the last image: seed once, then for each label in order of first appearance
-    `random.sample`; train first, then val from the same stream. The draw depends on the lists'
-    lengths, so it is made on the complete lists and cut to base or new classes afterwards.
+    The images are exactly CoOp's: seed once, then call `random.sample` for each label in order of
+    first appearance; first for train, then for val from the same stream. The sample depends on the
+    lengths of the lists, so it is drawn from the complete lists and reduced to base or new later.
 
-    Returns the split with shorter `train` and `val`. A class with fewer images gives all.
+    Returns the split with shorter `train` and `val`. A class with fewer images contributes all.
     """
     rng = random.Random(seed)
 
@@ -129,7 +129,7 @@ def few_shot(split, shots, seed):
 def few_shot_split(config):
     """(the complete split, the few-shot part of it that a run trains on), by the run's flags.
 
-    Raises BadInput as `load_split` does, and for a dataset that can only be tested on.
+    Raises BadInput as `load_split` does, and for a dataset without training images.
     """
     full_split = load_split(config["dataset"], config["data"])
     if not full_split.train:
@@ -150,7 +150,7 @@ def class_slice(n, classes):
 
 def select_classes(split, classes):
     """The split with the images and names of `all`, `base` or `new` classes, labels from 0. Raises
-    BadInput for a half of one class, on which any answer is right."""
+    BadInput for a half with a single class, where any answer would be right."""
     chosen = class_slice(len(split.class_names), classes)
     labels = range(chosen.start, chosen.stop)
 
@@ -170,11 +170,11 @@ def select_classes(split, classes):
 def load_split(dataset, root):
     """The complete train, val and test lists of a dataset.
 
-    dataset: a name of the catalogue, below `root` and downloaded if absent; or the path of a folder
-    of one's own.
-    Raises BadInput for an unknown dataset, files that are missing and cannot be downloaded, a split
-    file that is not one, a split that names images that are not there, a class without images;
-    PromptError for two class folders that CLIP cannot tell apart.
+    dataset: a name of the catalogue, below `root` and downloaded if absent; or the path of your own
+    folder.
+    Raises BadInput for an unknown dataset, missing files that cannot be downloaded, an invalid
+    split file, a split that lists missing images, and a class without images; PromptError for two
+    class folders that CLIP cannot tell apart.
     """
     if dataset in world.DATASETS:
         return _split(dataset, None, "shapes", world.class_names(dataset), world.lists(dataset))
@@ -224,21 +224,21 @@ def _known_dataset(dataset, root):
         expected = tuple("any" if n is None else n for n in row.counts)
         print(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
         print("  NOT comparable with the field's")
-    elif row.layout in ("split", "aircraft"):  # ImageNet's sample depends on a disk's order
+    elif row.layout in ("split", "aircraft"):  # ImageNet's depends on the disk's file order
         split = replace(split, samples="coop")
     return split
 
 
 def _lists(row, folder):
-    """The file that says what the images are: the split file. For ImageNet and its variants it is
-    classnames.txt, a variant's own if there is one, else ImageNet's."""
+    """The file that describes the images: the split file. For ImageNet and its variants it is
+    classnames.txt, the variant's own if there is one, otherwise ImageNet's."""
     own = folder / (row.split or "classnames.txt")
     shared = folder.parent / DATASETS["imagenet"].folder / own.name
     return own if row.split or own.is_file() else shared
 
 
 def _own_folder(dataset):
-    """`<class>/*`, or `{train,val,test}/<class>/*` where val may be absent."""
+    """Reads `<class>/*`, or `{train,val,test}/<class>/*` where val may be absent."""
     folder = Path(dataset)
     parts = readers.part_folders(folder)
     if parts and not {"train", "test"} <= parts.keys():
@@ -268,7 +268,7 @@ def _own_folder(dataset):
 def _seeded_lists(items):
     """A split of our own: 50% train, 20% val, 30% test of each class.
 
-    Seed 0 for each class, whatever --seed is, on sorted paths: the test images never change.
+    The sorted paths of each class are shuffled with seed 0, not --seed: test images never change.
     """
     by_label, lists = defaultdict(list), {part: [] for part in PARTS}
     for path, label in items:
@@ -276,7 +276,7 @@ def _seeded_lists(items):
     for own in by_label.values():
         random.Random(0).shuffle(own)
         n_train = round(0.5 * len(own))
-        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # of three, one is for test
+        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # one of three is for test
         lists["train"] += own[:n_train]
         lists["val"] += own[n_train : n_train + n_val]
         lists["test"] += own[n_train + n_val :]
@@ -284,8 +284,8 @@ def _seeded_lists(items):
 
 
 def _say_what_is_guessed(split):
-    """Prints which files of a folder of one's own are not among its images, and which images count
-    to a class although they do not lie in its folder itself."""
+    """Prints which files in your own folder are not used as images, and which images count towards
+    a class although they are in a subfolder of its folder."""
     used = {item.path for part in PARTS for item in getattr(split, part)}
     depth = 2 if split.source == "folder" else 1
     left_out = [f for f in files_below(split.folder) if f not in used and f != "classnames.txt"]
@@ -299,7 +299,7 @@ def _say_what_is_guessed(split):
 
 
 def _check(split):
-    """The split; raises BadInput unless it has classes, with images in train and test each."""
+    """Returns the split. Raises BadInput unless every class has images in train and in test."""
     where = split.folder
     parts = [part for part in PARTS if getattr(split, part)]
     if not parts:
@@ -323,7 +323,7 @@ def _check(split):
 
 
 def _check_files(split):
-    """Raises BadInput if the split names images that are not there."""
+    """Raises BadInput if the split lists images that are missing."""
     items = [*split.train, *split.val, *split.test]
     missing = [i.path for i in items if not os.path.isfile(split.folder / i.path)]
     if missing:

@@ -1,15 +1,15 @@
 """Evaluate, inspect and compare runs.
 
-    python eval.py RUN                               # again on its own test images
+    python eval.py RUN                               # on its own test images again
     python eval.py RUN --classes new                 # a run of --classes base on the new classes
-    python eval.py RUN --dataset shapes_sketch       # its prompts, another dataset's class names
-    python eval.py RUN --images photo.jpg album/     # what is on them, and which prompts said so
-    python eval.py RUN --words                       # the words nearest to what was learned
+    python eval.py RUN --dataset shapes_sketch       # its prompts with another dataset's classes
+    python eval.py RUN --images photo.jpg album/     # what they show, and which prompts were used
+    python eval.py RUN --words                       # the words nearest to the learned vectors
     python eval.py --table out                       # all finished runs: mean ± std over seeds
     python eval.py --plots out                       # the same as pictures
 
 The first three write into the run's folder: `eval_<dataset>_<classes>.json`, the router's picture
-beside it, and `samples_<...>.png`, test images with the prompts that they were given.
+beside it, and `samples_<...>.png`, test images with the prompts used for them.
 """
 
 import itertools
@@ -58,21 +58,21 @@ from train import (
 
 
 class Run(NamedTuple):
-    """A trained run, ready to be used: see the README on your own photos."""
+    """A trained run, ready to use: see "Your own photos" in the README."""
 
     config: dict  # every setting
-    groups: list  # of templates, one prompt each
+    groups: list  # lists of templates, one prompt each
     class_names: list  # those with images in training
     model: torch.nn.Module  # model.logits(image_features, class_names) -> logits, prompt weights
     clip_model: torch.nn.Module
     fingerprint: str  # of the CLIP's weights
 
     def classify(self, images, class_names=None):
-        """What is on PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
+        """Classifies PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list or a generator, or what `photo_features` gives for it. class_names: your own,
-        see `read_names`; None for those of the training. Probabilities are the softmax of the
-        method's logits; a weight belongs to the prompt of `model.templates` at its place.
+        images: a list or a generator, or their features from `photo_features`. class_names: your
+        own, see `read_names`; None for the classes of the training. Probabilities are the softmax
+        of the method's logits; the weights are in the order of `model.templates`.
         Raises BadInput if the method cannot answer with these classes.
         """
         names = self.class_names if class_names is None else read_names(class_names)
@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     @torch.no_grad()
     def classifier(self, names):
-        """What `classify` says, as a function of features (N, D); the names are read only once."""
+        """Returns `classify` as a function of features (N, D), which encodes the names only once."""
         model, method = self.model, self.config["method"]
         if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
             model = self.untrained(self.config["dataset"], self.groups, names)[method]
@@ -102,19 +102,19 @@ class Run(NamedTuple):
         return zero_shot_and_ensemble(self.clip_model, dataset, class_names, features, self.config)
 
     def photo_features(self, images):
-        """Features (N, D) of PIL images, as the method takes them."""
+        """Features (N, D) of PIL images, as the method expects them."""
         return photo_features(self.clip_model, images, raw=self.takes_raw)
 
     @property
     def takes_raw(self):
-        """A linear probe takes features that are not normalised."""
+        """Whether the method expects features that are not normalised: the linear probe does."""
         return self.config["method"] == "linear"
 
 
 def load_run(folder, clip=None, device=None):
     """The `Run` in a folder.
 
-    clip: a name or file in place of the one the run names, as long as its weights are the same.
+    clip: a name or file to use instead of the run's own, if its weights are the same.
     Raises BadInput if the folder holds no finished run or its checkpoint is from another CLIP.
     """
     folder = Path(folder)
@@ -128,7 +128,7 @@ def load_run(folder, clip=None, device=None):
     stored, groups, state = (checkpoint[key] for key in ("config", "groups", "model"))
     class_names, fingerprint = checkpoint["class_names"], checkpoint["clip_fingerprint"]
     defaults = preset(stored["method"], stored["dataset"], stored["shots"])
-    # A setting that is younger than the run has its default.
+    # Settings that were added after the run was made get their defaults.
     config = vars(make_parser().parse_args([])) | defaults | stored
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
@@ -151,7 +151,7 @@ def load_run(folder, clip=None, device=None):
 
 
 def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=None, device=None):
-    """Tests the run in `folder`; what is None is as in the run. Writes the files and returns the
+    """Tests the run in `folder`; arguments of None are as in the run. Writes the files, returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
     where to write the answer for every test image."""
     if csv_file:
@@ -165,7 +165,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     name = f"{split.name}_{classes}"
     file = folder / f"eval_{name}.json"
     own_dataset = split.name == dataset_name(config["dataset"])
-    if own_dataset:  # a folder may have moved: it is known by its name and its classes
+    if own_dataset:  # a folder may have moved: its name and classes identify it
         own_names = select_classes(full_split, config["classes"]).class_names
         same = own_names == class_names and row_of(dataset) == row_of(config["dataset"])
         same = same and (dataset == config["dataset"] or not os.path.exists(config["dataset"]))
@@ -177,7 +177,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
         model.check_classes(split.class_names)  # before any image is encoded
     what = f"test images of {dataset}, {classes} classes"
 
-    # Zero-shot and ensemble: CLIP as it was, with the target's templates.
+    # Zero-shot and ensemble: the original CLIP, with the target's templates.
     untrained_clip = clip_model
     learned = learns_images(config)
     if learned:
@@ -193,7 +193,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     if learned or run.takes_raw:
         options = {"cached": not learned, "raw": run.takes_raw}
         features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
-    model = untrained.get(config["method"], model)  # zeroshot, ensemble: of the target's classes
+    model = untrained.get(config["method"], model)  # zeroshot, ensemble: for the target's classes
     changed = its_result["changed_flags"]
     measured, logits, weights = report.evaluate_model(
         model, config, changed, split, classes, features
@@ -222,9 +222,9 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
 @report.for_show("the sheet of samples")
 @report.matplotlib_defaults()
 def draw_samples(split, predictions, weights, templates, path):
-    """A sheet of 16 test images, each with its answer and its prompts and weights.
+    """Draws a sheet of 16 test images, each with the answer, its prompts and their weights.
 
-    predictions (N,) and weights (N, G) of all test images.
+    predictions (N,) and weights (N, G): of all test images.
     """
     some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
     titles = []
@@ -242,16 +242,16 @@ def best_answers(probabilities, class_names):
 
 
 def used_prompts(weights, templates):
-    """The prompts that an image was given, in words, the most important first. weights: (G,)."""
+    """The prompts used for an image, as text, largest weight first. weights: (G,)."""
     order = weights.argsort(descending=True).tolist()
     return [f"{100 * weights[g]:.0f}% {templates[g]}" for g in order if weights[g] > 0]
 
 
 def nearest_words(folder, clip=None, device=None, n_nearest=3):
-    """What the learned context vectors say: for each, the nearest words of CLIP's vocabulary with
-    their Euclidean distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
+    """For each learned context vector, the nearest words of CLIP's vocabulary with their Euclidean
+    distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
 
-    CoOp's look inside. Beware: a vector can do its work far away from any word.
+    CoOp inspects its prompts this way. Beware: a vector can work well far away from any word.
     Raises BadInput for a run without prompts.
     """
     run = load_run(folder, clip, device)
@@ -273,11 +273,11 @@ def nearest_words(folder, clip=None, device=None, n_nearest=3):
 
 
 def export(folder, file, clip=None, device=None):
-    """Writes all that a classification needs to an .npz file, for use without PyTorch: the README
+    """Writes all that classification needs to an .npz file, for use without PyTorch: the README
     has ten lines of NumPy that classify an image feature with it.
 
-    Raises BadInput for a run that has no prompts, or whose answer would be another one: if it
-    shifts the prompts for each image or has changed the image encoder.
+    Raises BadInput for a run without prompts, and for a run whose answers the file could not
+    reproduce: one that shifts the prompts for each image or has changed the image encoder.
     """
     check_output(file, folder)
     run = load_run(folder, clip, device)
@@ -312,8 +312,8 @@ def export(folder, file, clip=None, device=None):
 
 
 def read_names(names):
-    """Class names of your own as a list: from a list, a file with one per line, or a text with
-    commas between them. Raises BadInput for fewer than two, PromptError for two that are alike."""
+    """Your own class names as a list: from a list, a file with one per line, or a comma-separated
+    text. Raises BadInput for fewer than two, PromptError for two that CLIP cannot tell apart."""
     if isinstance(names, str):
         names = read_lines(names) if os.path.isfile(names) else names.split(",")
     names = [name.strip() for name in names if name.strip()]
@@ -328,7 +328,7 @@ def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=
 
     names: your own class names, separated by commas, or a file with one per line. csv_file: where
     to write the same as a table. Unreadable photos are named on standard error.
-    Returns how many there were. Raises BadInput if none can be read.
+    Returns the number of unreadable photos. Raises BadInput if none can be read.
     """
     files = find_photos(paths)
     if csv_file:
@@ -346,7 +346,7 @@ def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=
             which = f"  [{' | '.join(prompts)}]" if prompts else ""
             print(f"{photo}: {said}{which}", flush=True)
             rows.append((photo, "", answers, weights[0].tolist()))
-    finally:  # also of an album that was interrupted
+    finally:  # also if it was interrupted
         if csv_file and rows:
             write_csv(csv_file, rows, run.model.templates)
     if not rows:
@@ -374,7 +374,7 @@ def print_pictures(folder):
     print(f"saved in {folder}: {', '.join(drawn)}")
 
 
-READS = {  # what is asked for, the first of these that is given: what it takes notice of
+READS = {  # {action, the first one given: the other arguments that it uses}
     "table": (),
     "plots": (),
     "words": ("run", "clip", "device"),

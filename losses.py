@@ -1,4 +1,4 @@
-"""The three losses. total = image + gate_weight * gate + text_weight * text, weights 1 and 5.
+"""The three losses. total = image + gate_weight * gate + text_weight * text, with weights 1 and 5.
 
 Letters in shapes: B images, C classes, G prompts, T templates, D feature width.
 """
@@ -15,8 +15,8 @@ def image_loss(logits, labels):
 def gate_loss(gate_logits, target):
     """Cross-entropy of the router's logits with the soft target of `router.gate_target`.
 
-    All G logits take part, not the top K alone: a prompt that is never chosen must still be able
-    to learn that it should be. gate_logits (B, G), target (B, G) with rows summing to 1.
+    It uses all G logits, not only the top K: the router must be able to learn to choose a prompt
+    that it has never chosen. gate_logits (B, G), target (B, G) with rows summing to 1.
     """
     return F.cross_entropy(gate_logits, target)
 
@@ -26,23 +26,22 @@ def text_loss(text_features, prototypes, scale=1.0):
 
     Soft prompt g with class c should be more like prototype [g, c] than like the prototypes of
     other classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups
-    and classes. `scale` is 1 as in the published code: the softmax never saturates, so every class
-    always gets a gradient, and t = p is not yet the minimum: two classes at right angles have a
-    loss of ln(1 + 1/e) = 0.313, and pushing them further apart lowers it. LASP, where the idea
-    comes from, uses CLIP's 100.
+    and classes. `scale` is 1, as in the published code: the softmax never saturates, so every class
+    always gets a gradient. Even t = p is not the minimum: two orthogonal classes have a loss of
+    ln(1 + 1/e) = 0.313, and pushing them further apart lowers it. LASP, where the idea comes
+    from, uses CLIP's 100.
 
-    When training sees images of base classes only, C is still *all* class names: names cost no
-    images, and this is meant to keep the new classes in place. text_features and prototypes
-    (G, C, D); text features with more dimensions in front are averaged over these as well.
+    When training sees only images of base classes, C still counts *all* class names: a name needs
+    no images, and this is meant to keep the new classes in place. text_features and prototypes
+    (G, C, D); the loss is also averaged over any further leading dimensions of text_features.
     """
     logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)
     diagonal = torch.arange(logits.shape[-1], device=logits.device)
     return F.cross_entropy(logits.flatten(0, -2), diagonal.expand(logits.shape[:-1]).flatten())
 
 
-# What `--text-target` chooses from. Each is called with text features (..., G, C, D), with
-# `prompts.HardText` and the scale. "templates" is LASP's: each soft prompt against every template
-# of its group.
+# The choices of `--text-target`. Each takes text features (..., G, C, D), `prompts.HardText` and
+# the scale. "templates" is LASP's: it compares each soft prompt with every template of its group.
 TEXT_LOSSES = {
     "prototypes": lambda text_features, hard, scale: text_loss(
         text_features, hard.prototypes, scale

@@ -14,10 +14,10 @@ the same thing about an image form a *group*. The published groups of EuroSAT, o
 A *hard prompt* is a template as it stands: fixed text that CLIP reads. Each group gives
 
 - one *hard prototype* per class: the mean feature of its templates with that class name, and
-- one *soft prompt*: its first template, in which every word but the class name is exchanged for a
-  vector that training may move.
+- one *soft prompt*: its first template, in which every word but the class name is replaced by a
+  trainable vector.
 
-`TextEncoder` is the one place where that exchange happens.
+`TextEncoder` is the one place where words are replaced.
 Letters in shapes: G groups = soft prompts, T templates, C classes, N sentences, L tokens in a
 sentence, V context vectors, W width of the text encoder, D width of the joint embedding, B images.
 """
@@ -38,7 +38,7 @@ class PromptError(ValueError):
 # ---------------------------------------------------------------------------- words and tokens
 
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
-VOCABULARY = 49408  # its number of tokens
+VOCABULARY = 49408  # number of tokens that CLIP knows
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def known_tokens(clip_model):
 
 
 def check_words(known, ids, text):
-    """Raises PromptError, naming the word, if a token of `text` is not one of the known ones."""
+    """Raises PromptError, naming the word, if a token of `text` is not known."""
     if not known.issuperset(ids):
         words = re.findall(r"[\w'-]+|\S", text)
         unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
@@ -74,8 +74,8 @@ def check_words(known, ids, text):
 
 
 def check_apart(names, folders=None):
-    """Raises PromptError for two class names that CLIP's tokenizer reads alike, whatever their
-    capitals, spaces, accents or HTML. folders: to call the classes by, instead of their names."""
+    """Raises PromptError if two class names have the same CLIP tokens, however their capitals,
+    spaces, accents or HTML are written. folders: how the message refers to the classes."""
     seen = {}
     for name, called in zip(names, folders or names):
         ids = tuple(token_ids(name))
@@ -106,13 +106,13 @@ def check_template(template):
 class TextEncoder:
     """CLIP's frozen text encoder, reading sentences in which some words are vectors.
 
-    A sentence is a list of ids, SOS first and EOT last: below VOCABULARY an id is a token of CLIP,
-    and VOCABULARY + i stands for row i of the vectors that the call is given:
+    A sentence is a list of ids, SOS first and EOT last. An id below VOCABULARY is a CLIP token;
+    VOCABULARY + i stands for row i of the vectors that are passed to the call:
 
         a photo of a cat      SOS  v0 v1 v2 v3  cat  EOT       v0 ... v3: context vectors
 
-    This is the method as one would explain it. lib/fast_text.py has the same interface and gives
-    the same numbers; it computes what sentences have in common once.
+    This is the straightforward implementation. lib/fast_text.py has the same interface and gives
+    the same numbers, but computes only once what sentences have in common.
     """
 
     def __init__(self, clip_model, sentences):
@@ -122,12 +122,12 @@ class TextEncoder:
         device = clip_model.logit_scale.device
         flat = [ids for prompt in sentences for ids in prompt]
         length = max(len(ids) for ids in flat)
-        # Attention never looks to the right, so what follows EOT cannot matter. It must be a number
-        # all the same, and EOT is the one token that every CLIP has an embedding of.
+        # Attention is causal, so what follows EOT has no effect. Its embedding must still not be
+        # NaN, so the padding is EOT, the one token that every CLIP has an embedding for.
         padded = [[*ids, *[EOT] * (length - len(ids))] for ids in flat]
         ids = torch.tensor(padded, device=device)  # (N, L)
         self.vector_positions = torch.nonzero(ids >= VOCABULARY, as_tuple=True)
-        self.vector_rows = ids[self.vector_positions] - VOCABULARY  # the vector at each of them
+        self.vector_rows = ids[self.vector_positions] - VOCABULARY  # the vector at each position
         self.tokens = ids.masked_fill(ids >= VOCABULARY, EOT)
         self.eot_positions = torch.tensor([len(ids) - 1 for ids in flat], device=device)  # (N,)
 
@@ -140,15 +140,15 @@ class TextEncoder:
             return torch.stack([self(one_set) for one_set in vectors])
         clip_model, length = self.clip_model, self.tokens.shape[1]
 
-        # Prompt learning, in two lines: words are looked up, and some exchanged for vectors. The
-        # assignment is what gradients go through on their way back to the vectors.
+        # Prompt learning in two lines: look up all words, then replace some by vectors. Gradients
+        # reach the vectors through this assignment.
         x = clip_model.token_embedding(self.tokens).float()  # (N, L, W)
         if vectors is not None:
             x[self.vector_positions] = vectors[self.vector_rows]
 
-        # From here on it is CLIP: positions, transformer, and the feature at EOT.
+        # From here on this is plain CLIP: positions, transformer, and the feature at EOT.
         x = x + clip_model.positional_embedding[:length]
-        x = x.transpose(0, 1)  # (L, N, W), as clip's attention takes it
+        x = x.transpose(0, 1)  # (L, N, W), as clip's attention expects it
         causal = torch.full((length, length), -torch.inf, device=x.device).triu(1)
         for block in clip_model.transformer.resblocks:
             y = block.ln_1(x)
@@ -167,8 +167,8 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
     """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
     Each sentence ends in exactly one full stop, whether the template has it or not.
-    Raises PromptError for a template without {}, a sentence too long, a word without an embedding,
-    and for features that are not finite.
+    Raises PromptError for a template without {}, a sentence that is too long, a word without an
+    embedding, and features that are not finite.
     """
     known = known_tokens(clip_model)
 
@@ -182,7 +182,7 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
 
     sentences = [[read(template, name) for name in class_names] for template in templates]
     features = F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
-    if not (features.norm(dim=-1) > 0.5).all():  # 1, unless there is nothing to normalise
+    if not (features.norm(dim=-1) > 0.5).all():  # they are 1, unless a feature is 0 or NaN
         raise PromptError("CLIP's text features are not finite numbers: are its weights damaged?")
     return features
 
@@ -198,7 +198,7 @@ def hard_prototypes(features, groups):
 
 
 class HardText(NamedTuple):
-    """What CLIP makes of the templates as they stand, with the classes that the prompts know."""
+    """CLIP's features of the hard prompts, with the classes that the soft prompts know."""
 
     features: torch.Tensor  # (T, C, D), of every template
     prototypes: torch.Tensor  # (G, C, D), of every group
@@ -216,14 +216,14 @@ def hard_text(features, groups):
 
 
 class SoftPrompts(nn.Module):
-    """One learnable prompt per template: its words become vectors, the class name stays itself.
+    """One learnable prompt per template: its words become vectors, the class name stays text.
 
         "a photo of a {}, a type of flower."
          v v     v  v name v v   v    v          v: a context vector, shared by all classes
 
     SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
-    (hard prompts keep theirs), or stays, frozen, as in CoOp's. As no vector belongs to a class, the
-    prompts can be read with any names, also of classes that training never saw.
+    (hard prompts keep theirs), or kept frozen, as in CoOp. Since no vector belongs to a class, the
+    prompts can be read with any names, including those of classes that training never saw.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class SoftPrompts(nn.Module):
         text_encoder=TextEncoder,
     ):
         """clip_model: a `clip.model.CLIP`. templates: one string per prompt, each with one {}.
-        class_names: the C names that `text_features` reads if it is given no others.
+        class_names: the C names that `text_features` uses by default.
         init: what the context starts from: each prompt's own `template`, `random` (16 vectors
         before the name, as in CoOp), or a template for all of them. full_stop: whether prompts end
         with one.
@@ -245,7 +245,7 @@ class SoftPrompts(nn.Module):
         makes a prompt too long.
         """
         super().__init__()
-        self.frozen = (clip_model,)  # in a tuple, so that CLIP is not registered as part of this
+        self.frozen = (clip_model,)  # in a tuple, so that CLIP does not become a submodule
         self.templates, self.full_stop, self.text_encoder = list(templates), full_stop, text_encoder
         known, embeddings = known_tokens(clip_model), clip_model.token_embedding.weight
         self.context_before, self.context_after = nn.ParameterList(), nn.ParameterList()
@@ -259,15 +259,15 @@ class SoftPrompts(nn.Module):
                 for half in halves:
                     check_words(known, token_ids(half), half)
                 before, after = (embeddings[token_ids(half)].float() for half in halves)
-            # (tokens, W) each; there are often none behind the name.
+            # (tokens, W) each; often there are none after the name.
             self.context_before.append(nn.Parameter(before.detach().clone()))
             self.context_after.append(nn.Parameter(after.detach().clone()))
         self.class_names, self.cached_names = list(class_names), None
-        self.encoder_of(self.class_names)  # what cannot be read is refused now
+        self.encoder_of(self.class_names)  # raises now if a name cannot be read
 
     def encoder_of(self, class_names):
-        """A text encoder that reads every prompt with every one of these names; the last one is
-        kept, as every step needs it.
+        """A text encoder that reads every prompt with each of these names. The last one is cached,
+        since every step needs it.
 
         Raises PromptError for a name that makes a prompt too long or has no embedding.
         """
@@ -282,8 +282,8 @@ class SoftPrompts(nn.Module):
             n_vectors += len(before) + len(after)
             sentences.append([])
             for name in class_names:
-                # A full stop is tokenised together with the name before it: that of "U.S." and
-                # one more make a single token.
+                # A full stop is tokenised together with the name before it: two of them, as in
+                # "U.S..", are a single token.
                 name_ids = token_ids(name + "." if self.full_stop and not len(after) else name)
                 stop = token_ids(".") if self.full_stop and len(after) else []
                 check_words(known, name_ids, name)
@@ -302,7 +302,7 @@ class SoftPrompts(nn.Module):
     def text_features(self, class_names=None, bias=None, shift=None):
         """t[g, c]: the frozen text encoder on soft prompt g with class c. (G, C, D), normalised.
 
-        class_names: other names than the prompts' own. bias: None or (1, D), one vector added to
+        class_names: to use instead of the prompts' own. bias: None or (1, D), one vector added to
         all features before normalising (LASP's correction). shift: None or (B, W), added to all
         context vectors, one for each image as in CoCoOp; the result is then (B, G, C, D).
         """

@@ -1,11 +1,11 @@
-"""The router: which prompts an image gets, with which weights, and what it is taught.
+"""The router: which prompts an image gets, with which weights, and the target it learns.
 
 For every image the router scores all G prompts from the image feature (one linear layer), keeps
 the K best and turns their scores into weights. The class text features of those K prompts,
 averaged with the weights, classify the image.
 
-What is a good choice? The hard prompts know: the group whose hard prototype of the image's *own*
-class is most like the image describes it best. `gate_target` turns that into the soft target
+The hard prompts tell which choice is good: an image is described best by the group whose hard
+prototype of the image's *own* class is most like it. `gate_target` turns that into the soft target
 of the gate loss (hard-prompt-guided gating). No label of the image's style is needed.
 
 Letters in shapes: B images, C classes, G prompts, K prompts used per image, D feature width.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 
 class Router(nn.Module):
-    """Linear gate D -> G, top K of it, softmax over those K (arXiv 2409.12011)."""
+    """Linear gate D -> G, top K, softmax over those K (arXiv 2409.12011)."""
 
-    guided = True  # the gate loss teaches it
+    guided = True  # trained by the gate loss
 
     def __init__(self, width, n_prompts, top_k):
         super().__init__()
@@ -32,7 +32,7 @@ class Router(nn.Module):
         """(B, D) -> gate_logits (B, G), weights (B, G).
 
         An image's weights sum to 1 and are zero for all but its K prompts. Softmax runs over the
-        K chosen logits alone: what the others scored must not shrink the chosen ones' weights.
+        K chosen logits only, so that the other scores do not shrink the weights of the chosen.
         """
         gate_logits = self.gate(image_features)
         top = gate_logits.topk(self.top_k, dim=-1)
@@ -41,7 +41,7 @@ class Router(nn.Module):
 
 
 class FrozenRouter(Router):
-    """For ablations: a gate that keeps its random start."""
+    """For ablations: a gate that keeps its random initialisation."""
 
     guided = False
 
@@ -51,8 +51,8 @@ class FrozenRouter(Router):
 
 
 class UniformRouter(nn.Module):
-    """For ablations, and for methods with one prompt: the plain average of all prompts, whatever
-    `top_k` says."""
+    """For ablations, and for methods with one prompt: the plain average of all prompts,
+    regardless of `top_k`."""
 
     guided = False
 
@@ -75,8 +75,8 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
 
     The method averages text features, t[b, c] = sum_g w[b, g] t[g, c], and takes
     logits[b, c] = scale * f[b] . t[b, c] *without* normalising t[b, c] again: prompts that
-    disagree about a class give a shorter vector and so a lower logit. As nothing non-linear comes
-    between, that is the weighted average of the per-prompt logits, which needs (B, G, C) numbers
+    disagree about a class give a shorter vector and so a lower logit. Since everything is linear,
+    this equals the weighted average of the per-prompt logits, which needs (B, G, C) numbers
     instead of (B, C, D).
 
     image_features (B, D) and text_features (G, C, D) normalised, or (B, G, C, D) if each image has
@@ -88,27 +88,27 @@ def mixed_logits(image_features, text_features, weights, logit_scale):
     return logit_scale * torch.einsum("bg,bgc->bc", weights, similarities)
 
 
-# ---------------------------------------------------------------------- what the gate is taught
+# ------------------------------------------------------------------------- the gate's target
 
 
 def gate_target(image_features, prototypes, labels, top_k):
-    """What the gate should say: softmax of the image's similarities to its class's prototypes.
+    """The gate's target: softmax of the image's similarities to its class's prototypes.
 
     s[b, g] = f[b] . p[g, y_b]; the K largest get +10 before the softmax, as in the published
     code. Cosine similarities of one image differ by a few hundredths, so a plain softmax would be
-    all but uniform; e^10 = 22,026 puts practically all of the target on the K best and keeps,
-    among them, a target near 1/K each.
+    almost uniform. The factor e^10 = 22,026 puts practically all of the target on the K best, and
+    each of them keeps a target near 1/K.
 
     image_features (B, D) and prototypes (G, C, D) normalised, labels (B,). Returns (B, G), rows
     summing to 1.
     """
-    own_class = prototypes[:, labels]  # (G, B, D): each image's own class, no other
+    own_class = prototypes[:, labels]  # (G, B, D): only each image's own class
     return _boosted(torch.einsum("bd,gbd->bg", image_features, own_class), top_k)
 
 
 def mean_gate_target(image_features, prototypes, labels, top_k):
-    """The same without the label: s[b, g] is the mean similarity to all prototypes of group g that
-    are given, as in the published code until September 2024."""
+    """The same without the label: s[b, g] is the mean similarity to all given prototypes of
+    group g, as in the published code until September 2024."""
     return _boosted(image_features @ prototypes.mean(dim=1).T, top_k)
 
 

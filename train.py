@@ -1,28 +1,29 @@
 """Train a mixture of prompts for CLIP (MoCoOp, arXiv 2409.12011).
 
-    python train.py                                  # the built-in world, without network
+    python train.py                                  # the built-in world, no network needed
     python train.py --dataset eurosat --shots 4      # downloads CLIP ViT-B/16 and EuroSAT if absent
     python train.py --dataset eurosat --shots 16 --classes base    # then: eval.py RUN --classes new
-    python train.py --resume ...                     # continue the run that the settings name
+    python train.py --resume ...                     # continue the run with these settings
 
 Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/, with
-`checkpoint.pt` (what was learned), `result.json` (what came out) and `router.png` (which prompt
-is used for what). The same settings give the same numbers: on one CPU, bit for bit.
+`checkpoint.pt` (the trained model), `result.json` (the results) and `router.png` (which prompt is
+used for which images). The same settings give the same numbers, bit for bit on the same CPU.
 
-    python train.py --method coop                    # a neighbour: see METHODS
-    python train.py --router uniform                 # MoCoOp without one of its parts
-    torchrun --nproc_per_node 4 train.py ...         # the work of encoding, split
+    python train.py --method coop                    # another method: see METHODS
+    python train.py --router uniform                 # MoCoOp without its router
+    torchrun --nproc_per_node 4 train.py ...         # split the encoding over 4 processes
 
     image        -> image encoder (frozen) -> image_features -> router: gate_logits -> weights
-    soft prompts -> text encoder (frozen)  -> text_features  (G, C, D), their vectors learned
-    hard prompts -> text encoder (frozen)  -> prototypes     (G, C, D), never learned
-    logits = scale * image_features . average of text_features by weights;  image loss: with labels
-    gate loss: gate_logits with the K prototypes of the image's own class closest to the image
-    text loss: text_features with prototypes, for all class names, base and new
+    soft prompts -> text encoder (frozen)  -> text_features  (G, C, D), with trained vectors
+    hard prompts -> text encoder (frozen)  -> prototypes     (G, C, D), fixed
+    logits = scale * image_features . (text_features averaged with the weights)
+    image loss: logits against labels
+    gate loss: gate_logits against the K prototypes of the image's class closest to the image
+    text loss: text_features against prototypes, for all class names, base and new
 
 From top to bottom: the settings, the methods as rows of settings, the mixture, the loop, a whole
 run. To understand the method, start at `MoCoOp`.
-Letters in shapes: B images of a batch, N images, C classes, G prompts, T templates, D features.
+Letters in shapes: B images in a batch, N images, C classes, G prompts, T templates, D features.
 """
 
 import argparse
@@ -129,9 +130,9 @@ CLASSES = "all", "base", "new"
 TASK = {"dataset", "shots", "classes", "seed", "method", "clip", "groups"}
 MACHINE = {"data", "device", "text_encoder", "chunk", "out", "resume"}  # how a run is computed
 PROBES = "linear", "linear_zeroshot"
-BASELINES = "zeroshot", "ensemble", *PROBES  # no prompts, so no settings of "method: ..."
+BASELINES = "zeroshot", "ensemble", *PROBES  # no prompts, so no "method: ..." settings
 
-# A method is what it changes in the defaults above. The numbers are each paper's own.
+# A method lists what it changes in the defaults above. The numbers come from its paper.
 ONE_PROMPT = {
     "one_group": True,
     "init": "a photo of a {}.",
@@ -141,7 +142,7 @@ ONE_PROMPT = {
 }
 COOP = ONE_PROMPT | {
     "text_weight": 0.0,
-    "epochs": {1: 50, 2: 100, 8: 200},  # from so many shots on; ImageNet: 50
+    "epochs": {1: 50, 2: 100, 8: 200},  # from this number of shots; ImageNet: 50
     "warm_up": 1,
     "lr": 0.002,
     "max_grad_norm": 0.0,
@@ -161,12 +162,12 @@ PUBLISHED = {  # {setting of a method: MoCoOp's value}
 
 
 def preset(method, dataset, shots, batch_size=None):
-    """{setting: its default} for a method on a task; None for what a baseline does not have."""
+    """{setting: default} for a method on a task; None for settings that a baseline lacks."""
     own = {"clip": row_of(dataset).clip, "groups": "dataset"}
     if method in BASELINES:
         return dict.fromkeys(PUBLISHED) | own
     row = PUBLISHED | METHODS[method] | own
-    # A rate is for the method's own batch; for another one that is given it changes in proportion.
+    # The rate is for the method's own batch size. It is scaled in proportion to a given one.
     row["lr"] *= (batch_size or row["batch_size"]) / row["batch_size"]
     if isinstance(row["epochs"], dict):
         shots = 1 if dataset == "imagenet" else shots
@@ -175,11 +176,11 @@ def preset(method, dataset, shots, batch_size=None):
 
 
 def learns_images(config):
-    """Whether something in the image encoder is trained, so that features cannot be stored."""
+    """Whether part of the image encoder is trained. Its features cannot be cached then."""
     return config["image_side"] not in (None, "frozen")
 
 
-# Settings without effect beside others, an error if given: (setting, when, why).
+# Settings that can have no effect; giving one is then an error: (setting, when, why).
 NO_EFFECT = (
     *((name, lambda c: c["method"] in BASELINES, "without prompts") for name in PUBLISHED),
     ("groups", lambda c: c["groups"] == "auto" and c["one_group"] is not False, "without groups"),
@@ -202,13 +203,13 @@ NO_EFFECT = (
 
 
 def configure(arguments=None):
-    """A command line as a run's configuration: (config, whether to resume).
+    """Parses a command line into a run's configuration: (config, whether to resume).
 
-    arguments: words; None for those the program was started with. config: {setting: value}, as it
-    goes to `result.json`; None where the method has no such setting.
+    arguments: a list of words, or None for the program's own. config: {setting: value}, as in
+    `result.json`; the value is None where the method has no such setting.
     Raises BadInput for settings that are unknown or have no effect.
     """
-    # The first reading tells what was given, and of which method the defaults are.
+    # The first pass finds the settings that were given, and the method that sets the defaults.
     first = make_parser(add_help=False)
     task, _ = first.parse_known_args(arguments)
     nothing = argparse.Namespace(**dict.fromkeys(vars(task)))
@@ -253,18 +254,18 @@ def default_config(**changes):
 
 
 def text_encoder_of(config):
-    """What reads the sentences of a run: `prompts.TextEncoder`, or its fast equal."""
+    """The text encoder of a run: `prompts.TextEncoder`, or its fast equivalent."""
     if config["text_encoder"] == "plain":
         return TextEncoder
     return partial(FastTextEncoder, chunk=config["chunk"])
 
 
 class Outputs(NamedTuple):
-    """What the mixture says of a batch of images."""
+    """The mixture's outputs for a batch of images."""
 
     gate_logits: torch.Tensor  # (B, G)
     weights: torch.Tensor  # (B, G)
-    text_features: torch.Tensor  # (G, C, D) of all classes that the prompts know
+    text_features: torch.Tensor  # (G, C, D) for all classes that the prompts know
     logits: torch.Tensor  # (B, C)
 
 
@@ -274,12 +275,12 @@ class MoCoOp(nn.Module):
     With one prompt and the image loss alone, this is CoOp.
     """
 
-    per_image = False  # whether each image has text features of its own
-    images_at_once = 1024  # in `logits`
+    per_image = False  # whether each image has its own text features
+    images_at_once = 1024  # batch size in `logits`
 
     def __init__(self, clip_model, groups, class_names, config):
         """clip_model: from `load_clip`. groups: lists of templates, one soft prompt each.
-        class_names: that the prompts are read with in training. config: from `default_config`.
+        class_names: read with the prompts in training. config: from `default_config`.
 
         Raises PromptError for templates or names that this CLIP cannot read.
         """
@@ -287,7 +288,7 @@ class MoCoOp(nn.Module):
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
-            templates = [config["init"]]  # a single prompt is called what it started from
+            templates = [config["init"]]  # a single prompt is named after its start
         self.prompts = SoftPrompts(
             clip_model,
             templates,
@@ -307,8 +308,8 @@ class MoCoOp(nn.Module):
     def forward(self, image_features, seen=slice(None), text_features=None):
         """image_features (B, D) -> `Outputs`, for a training batch; `logits` is for evaluation.
 
-        seen: the classes that logits are wanted of.
-        text_features: to use instead of reading the prompts once more."""
+        seen: the classes to compute logits for.
+        text_features: used instead of encoding the prompts again, if given."""
         gate_logits, weights = self.router(image_features)
         if text_features is None:
             text_features = self.text_features(image_features=image_features)
@@ -317,16 +318,16 @@ class MoCoOp(nn.Module):
         return Outputs(gate_logits, weights, text_features, logits)
 
     def text_features(self, class_names=None, image_features=None):
-        """t[g, c] of the classes that the prompts know, or of others: (G, C, D).
+        """t[g, c] for the classes that the prompts know, or for `class_names`: (G, C, D).
 
-        image_features: read by `ConditionalMoCoOp` alone.
+        image_features: only used by `ConditionalMoCoOp`.
         """
         return self.prompts.text_features(class_names, self.text_bias)
 
     @torch.no_grad()
     def logits(self, image_features, class_names=None, text_features=None):
         """Class logits (N, C) and prompt weights (N, G) of images (N, D) in bounded memory, for the
-        classes the prompts know or any others. text_features: theirs, if they have been read."""
+        classes the prompts know or any others. text_features: of these classes, if known."""
         n_classes = len(class_names or self.prompts.class_names)
         n_at_once = max(1, 2**20 // (len(self.templates) * n_classes))  # bounds (B, G, C)
         shared = text_features
@@ -341,9 +342,9 @@ class MoCoOp(nn.Module):
         return runs.finite(logits, "the logits"), weights
 
     def parameter_groups(self):
-        """What is trained, as an optimiser takes it; `factor`: times the learning rate, which is a
-        tenth for LayerNorms, as published."""
-        slow = isinstance(self.image_side, nn.ModuleList)  # of LayerNorms
+        """The trained parameters in the optimiser's format. `factor` multiplies the learning rate:
+        it is a tenth for LayerNorms, as published."""
+        slow = isinstance(self.image_side, nn.ModuleList)  # a list of LayerNorms
         parts = {1.0: [], 0.1: []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -385,15 +386,15 @@ def make_model(clip_model, groups, class_names, config):
 def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None)):
     """The losses of a batch: {name: (weight, value)}.
 
-    image_features (B, D), labels (B,) counted within the seen classes, outputs: the model's, hard:
-    `HardText`. seen: the slice of the classes that has images. The image and the gate loss see no
-    other; the text loss runs over all of them.
+    image_features: (B, D). labels: (B,), indices into the seen classes. outputs: the model's.
+    hard: `HardText`. seen: the slice of the classes with training images. The image and gate
+    losses use only these classes; the text loss runs over all of them.
     """
     config = model.config
     losses = {"image": (1.0, image_loss(outputs.logits, labels))}
     if config["gate_weight"] and model.router.guided:
         prototypes = hard.prototypes[:, seen]
-        # Detached: an image encoder that learns must not learn to match the target.
+        # Detached, so that a trainable image encoder does not learn to match the target.
         f, target_of = image_features.detach(), GATE_TARGETS[config["gate_target"]]
         target = target_of(f, prototypes, labels, model.top_k)
         losses["gate"] = config["gate_weight"], gate_loss(outputs.gate_logits, target)
@@ -405,9 +406,9 @@ def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None
 
 
 def learning_rate(lr, epoch, epochs, warm_up):
-    """The rate of an epoch, counted from 0: a constant warm-up, then a cosine.
+    """The learning rate of an epoch, counted from 0: a constant warm-up, then a cosine.
 
-    As in the field's scheduler the cosine starts after the warm-up but is stretched over all
+    As in the scheduler that the field uses, the cosine starts after the warm-up but spans all
     epochs, so it is cut off before it reaches zero.
     """
     warm_up = min(warm_up, round(epochs / 8))
@@ -417,16 +418,16 @@ def learning_rate(lr, epoch, epochs, warm_up):
 
 
 def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, state=None):
-    """Trains `model` in place. Returns the seconds it took, over all resumed parts, and the share
-    of each prompt in every epoch.
+    """Trains `model` in place. Returns the seconds it took, including those before a resume, and
+    the share of each prompt in every epoch.
 
     images: from `training_features`, or `lib.features.CachedImages` of features (N, D). labels
-    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with all that is
-    needed to continue; state: what it was given last, to continue from there.
+    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with the state that
+    is needed to continue. state: the last state passed to `save`, to continue from there.
     Raises BadInput if training diverges.
     """
     config = model.config
-    torch.manual_seed(config["seed"])  # for forks whose modules draw random numbers
+    torch.manual_seed(config["seed"])  # for variants whose modules draw random numbers
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
         model.parameter_groups(),
@@ -491,7 +492,7 @@ def print_epoch(epoch, model, lr, history, used):
     """Prints an epoch's line: each loss as weight x mean value. Returns each prompt's share.
 
     history: the losses of every step. used: (G,), the sum of the router's weights.
-    Raises BadInput if a parameter is no longer a finite number.
+    Raises BadInput if a parameter is no longer finite.
     """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise BadInput(f"training has diverged in epoch {epoch + 1}: try a smaller --lr")
@@ -533,10 +534,10 @@ def run_in(folder, config, resume, device):
         raise BadInput("a linear probe chooses its strength on val images, and there are none")
     clip_model, fingerprint = load_clip(config["clip"], device)
     training_names, seen = names_in_training(config, full_split, split)
-    prompt_names = training_names  # that the prompts are read with, saved with the model
+    prompt_names = training_names  # prompts are read with these; saved with the model
     groups, hard = grouped_text(clip_model, training_names, prompt_names, config)
     if has_prompts and config["top_k"] > max(len(groups), defaults["top_k"]):
-        # Only a number that was given is refused; the default is lowered if it must be.
+        # Only an explicit number is an error; a default that is too large is lowered.
         raise BadInput(f"--top-k {config['top_k']} is above the number of prompts, {len(groups)}")
     torch.manual_seed(config["seed"])
     model = make_model(clip_model, groups, prompt_names, config) if has_prompts else None
@@ -562,10 +563,10 @@ def run_in(folder, config, resume, device):
         save = partial(runs.save_state, folder, config, made_of)
         task = clip_model, fingerprint, split, hard, seen
         seconds, usage = train_prompts(model, *task, save, state)
-        if learns_images(config):  # the encoder is another one now
+        if learns_images(config):  # the image encoder has changed
             test, val = features_of("test", cached=False), features_of("val", cached=False)
     elif config["method"] in PROBES:
-        raw = config["method"] == "linear"  # CoOp's probe, on features as they are
+        raw = config["method"] == "linear"  # CoOp's probe, on features that are not normalised
         start = None if raw else untrained["zeroshot"].scale * untrained["zeroshot"].weight
         own, test, val = (features_of(part, raw=raw) for part in ("train", "test", "val"))
         labels, val_labels = (split.labels(part).to(device) for part in (split.train, split.val))
@@ -602,8 +603,8 @@ def run_in(folder, config, resume, device):
 
 
 def names_in_training(config, full_split, split):
-    """The class names that training may see, and the slice of them that has images. The text loss
-    runs over the names of all classes; without it, names without images would change nothing."""
+    """The class names used in training, and the slice of them with training images. The text loss
+    runs over the names of all classes; without it, names without images would have no effect."""
     if not config["text_weight"] or config["text_names"] == "seen":
         return split.class_names, slice(None)
     names = full_split.class_names
@@ -612,8 +613,8 @@ def names_in_training(config, full_split, split):
 
 @runs.doing("reading templates", "try a smaller --chunk")
 def grouped_text(clip_model, training_names, prompt_names, config):
-    """The run's groups of templates, for `--groups auto` found with the training's names, and
-    their `HardText` with the prompts' names."""
+    """The run's groups of templates, and their `HardText` with the prompts' class names. For
+    `--groups auto`, the groups are found with the class names used in training."""
     groups = named_groups(config)
     read = partial(template_features, clip_model, text_encoder=text_encoder_of(config))
     if config["groups"] == "auto":
@@ -625,22 +626,22 @@ def grouped_text(clip_model, training_names, prompt_names, config):
 
 def train_prompts(model, clip_model, fingerprint, split, hard, seen, save, state):
     """Trains a mixture on the training images of a split. Returns what `fit` does."""
-    # The learnable part goes into the encoder only now: baselines are CLIP's as it was.
+    # The learnable part is attached only now, because the baselines use the original CLIP.
     attach(clip_model, model.image_side)
     live = learns_images(model.config)
     images = training_features(clip_model, fingerprint, split, model.config["views"], live)
     if not live:
-        clip_model.visual = None  # all images are encoded: its memory is free for training
+        clip_model.visual = None  # all images are encoded: free its memory for training
     labels = split.labels(split.train).to(clip_model.logit_scale.device)
     with runs.doing("training", "try a smaller --chunk or --batch-size"):
         return fit(model, images, labels, hard, seen, save, state)
 
 
 def zero_shot_and_ensemble(clip_model, dataset, class_names, features, config):
-    """CLIP as it is, the baselines that learn nothing: {"zeroshot": ..., "ensemble": ...}.
+    """CLIP as it is, the baselines without training: {"zeroshot": ..., "ensemble": ...}.
 
-    zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger one: all
-    templates' features (T, C, D) averaged and normalised. Both hold one vector per class.
+    zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger baseline: the
+    features (T, C, D) of all templates, averaged and normalised. Both hold one vector per class.
     """
     template, text_encoder = row_of(dataset).zero_shot, text_encoder_of(config)
     one = template_features(clip_model, [template], class_names, text_encoder)[0]
