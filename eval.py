@@ -1,6 +1,6 @@
 """Evaluate, inspect and compare runs.
 
-    python eval.py RUN                               # on its own test images again
+    python eval.py RUN                               # again, on its own test images
     python eval.py RUN --classes new                 # a run of --classes base on the new classes
     python eval.py RUN --dataset shapes_sketch       # its prompts with another dataset's classes
     python eval.py RUN --images photo.jpg album/     # what they show, and which prompts were used
@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     @torch.no_grad()
     def classifier(self, names):
-        """Returns `classify` as a function of features (N, D), which encodes the names only once."""
+        """Returns `classify` as a function of features (N, D) that encodes the names once."""
         model, method = self.model, self.config["method"]
         if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
             model = self.untrained(self.config["dataset"], self.groups, names)[method]
@@ -374,7 +374,7 @@ def print_pictures(folder):
     print(f"saved in {folder}: {', '.join(drawn)}")
 
 
-READS = {  # {action, the first one given: the other arguments that it uses}
+READS = {  # {action: the other arguments it uses}; the first action given counts
     "table": (),
     "plots": (),
     "words": ("run", "clip", "device"),

@@ -1,4 +1,4 @@
-"""What serves the scripts of the top level. Nothing in here imports one of them."""
+"""Support code for the top-level scripts. Nothing in here imports any of them."""
 
 import os
 import tempfile

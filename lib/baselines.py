@@ -1,7 +1,7 @@
-"""What mixtures are compared with: one vector per class, and groups found instead of written.
+"""Baselines for the mixture: one vector per class, and groups found by clustering.
 
-A linear probe is logistic regression on image features, as CoOp compares with. `--groups auto`
-clusters templates instead of grouping them by hand.
+The linear probe is CoOp's baseline, logistic regression on image features. `--groups auto`
+clusters templates, which are otherwise grouped by hand.
 
 Letters in shapes: N images, C classes, T templates, D feature width.
 """
@@ -24,7 +24,7 @@ class ClassVectors(nn.Module):
 
     def __init__(self, class_names, weight, bias=None, scale=1.0):
         """class_names: the C names it answers with. weight: (C, D). bias: None or (C,). scale:
-        of the logits; CLIP's for vectors that are text features."""
+        factor of the logits; CLIP's if the vectors are text features."""
         super().__init__()
         self.class_names, self.scale = list(class_names), scale
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -32,7 +32,7 @@ class ClassVectors(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def check_classes(self, class_names):
-        """Raises BadInput for classes that it was not made for."""
+        """Raises BadInput for classes other than its own."""
         if list(class_names) != self.class_names:
             raise BadInput(
                 "a linear probe holds one vector per class it was trained on and knows no other:"
@@ -43,7 +43,7 @@ class ClassVectors(nn.Module):
     def logits(self, image_features, class_names=None):
         """Class logits (N, C) of images (N, D), and prompt weights (N, 0), as it has no prompts.
 
-        Raises BadInput for classes that it was not made for.
+        Raises BadInput for classes other than its own.
         """
         self.check_classes(self.class_names if class_names is None else class_names)
         logits = self.scale * (image_features @ self.weight.T + self.bias)
@@ -54,8 +54,8 @@ def logistic_regression(features, labels, n_classes, c, start=None):
     """The minimum of  c * sum of cross-entropies + |weight - start|^2 / 2  (scikit-learn's C, where
     start is 0): weight (C, D), bias (C,).
 
-    features: (N, D), labels: (N,). start: None, or the weight (C, D) to begin with and to stay
-    near, without a bias then.
+    features: (N, D), labels: (N,). start: None, or the weight (C, D) to start from and stay near;
+    the bias is then fixed at 0.
     """
     features = features.double()
     centre = features.new_zeros(n_classes, features.shape[1]) if start is None else start.double()
@@ -84,8 +84,8 @@ def logistic_regression(features, labels, n_classes, c, start=None):
 def fit_probe(class_names, features, val_features, labels, val_labels, start=None):
     """A linear probe as `ClassVectors`, and the seconds it took. start: as in the regression.
 
-    Its L2 strength is the one that does best on the few-shot validation images, searched as CoOp
-    does: the best of seven powers of a hundred, then eight steps of bisection around it.
+    The L2 strength is chosen on the few-shot validation images by CoOp's search: the best of seven
+    powers of a hundred, then eight steps of bisection around it.
     """
     began = time.time()
     tried = {}  # exponent -> (accuracy, weight, bias)
@@ -105,8 +105,8 @@ def fit_probe(class_names, features, val_features, labels, val_labels, start=Non
             left = (left + right) / 2
         else:
             right = (left + right) / 2
-    # CoOp ends with the better half of the last step; this with the best of all tried, and the
-    # first among equals, of which few validation images make many.
+    # CoOp ends with the better half of the last step. This takes the best of all tried, and of
+    # equal ones the first; with few validation images, many are equal.
     exponent = max(tried, key=accuracy)
     print(f"L2 strength chosen on val images: C = {10.0**exponent:.3g}")
     _, weight, bias = tried[exponent]
@@ -117,15 +117,15 @@ def fit_probe(class_names, features, val_features, labels, val_labels, start=Non
 
 
 def distances(features):
-    """How unlike templates are: 1 - cosine, after taking out what all templates of a class share,
-    averaged over classes. (T, C, D) -> (T, T)."""
+    """Distances between templates: 1 - cosine, after subtracting the mean over all templates of a
+    class, averaged over classes. (T, C, D) -> (T, T)."""
     centred = F.normalize(features - features.mean(dim=0), dim=-1)
     return 1 - torch.einsum("tcd,ucd->tu", centred, centred) / features.shape[1]
 
 
 def clusters(distance, n):
-    """T things in n groups by average linkage, the nearest two merged first: lists of indices, in
-    the order of their first ones."""
+    """Clusters T items into n groups by average linkage, merging the nearest two first. Returns
+    lists of indices, ordered by their first index."""
     groups = [[i] for i in range(len(distance))]
     while len(groups) > n:
         pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
@@ -135,9 +135,9 @@ def clusters(distance, n):
 
 
 def silhouette(distance, groups):
-    """How well groups are set apart, from -1 to 1 (Rousseeuw 1987): the mean over all things of
-    (b - a) / max(a, b), with a the mean distance to its own group and b to the nearest other. A
-    thing alone in its group counts 0."""
+    """How well groups are separated, from -1 to 1 (Rousseeuw 1987): the mean over all items of
+    (b - a) / max(a, b), where a is the item's mean distance to its own group and b that to the
+    nearest other group. An item alone in its group counts as 0."""
     total = 0.0
     for group in groups:
         for i in group if len(group) > 1 else []:
@@ -148,10 +148,10 @@ def silhouette(distance, groups):
 
 
 def group_templates(templates, features, n_groups=0):
-    """The templates in groups: lists of strings. Prints them.
+    """Clusters templates into groups, lists of strings, and prints them.
 
-    features: (T, C, D), text features of all templates and classes. n_groups: how many; 0: as many
-    as give the best silhouette. Raises BadInput for more groups than templates.
+    features: (T, C, D), text features of all templates and classes. n_groups: number of groups; 0
+    takes the number with the best silhouette. Raises BadInput for more groups than templates.
     """
     if n_groups > len(templates):
         raise BadInput(f"--n-groups {n_groups} is above the number of templates, {len(templates)}")

@@ -1,6 +1,6 @@
-"""What is known of each dataset: its folder, its split, its archive, its templates.
+"""What is known about each dataset: its folder, split, archive and templates.
 
-One row per dataset. One of your own needs `folder`, `images` and `split`; all else may be left out.
+One row per dataset. A row of your own needs `folder`, `images` and `split`; the rest is optional.
 """
 
 import os
@@ -11,8 +11,8 @@ from lib import world
 from lib.runs import BadInput, read_text
 
 # -------------------------------------------------------------------- hand-written templates
-# In groups, whose first template starts the soft prompt. Those of the field's datasets are the
-# published ones (arXiv 2409.12011 and its code).
+# The first template of a group initialises its soft prompt. The groups for the field's datasets
+# are the published ones (arXiv 2409.12011 and its code).
 
 PHOTO = ["a photo of a {}."]
 MANY = ["a photo of many {}."]
@@ -35,7 +35,7 @@ MY_PHOTO = ["itap of a {}.", "itap of the {}."]  # "I took a picture"
 ART = ["art of the {}.", "a rendering of a {}.", "a rendering of the {}."]
 ORIGAMI = ["a origami {}."]
 HARD_TO_SEE = ["a photo of the hard to see {}."]
-GENERAL = [PHOTO, MANY, LOW_RESOLUTION, GOOD]  # SUN397's; they serve whoever has none
+GENERAL = [PHOTO, MANY, LOW_RESOLUTION, GOOD]  # SUN397's; for datasets without templates
 
 IMAGENET_VARIANT = [
     *(FLOWER, ACTION, SATELLITE, AIRCRAFT, MY_PHOTO, LARGE, ART),
@@ -74,22 +74,22 @@ WORLD = [  # one group per style, in the order of world.STYLES
 
 @dataclass(frozen=True)
 class Row:
-    """One dataset. Paths are below `folder`, which is below the root of all datasets."""
+    """One dataset. Paths are below `folder`, which is below the folder of all datasets."""
 
     folder: str = ""
     images: str = ""
-    layout: str = "split"  # aircraft, imagenet, synsets, numbers: lib/readers.py; or world
+    layout: str = "split"  # or aircraft, imagenet, synsets, numbers (lib/readers.py), world
     split: str = ""  # the field's fixed split file
     counts: tuple = ()  # train, val and test images in the split; None: any number
     archive: str = ""  # its zip file on the hub
-    sha256: str = ""  # of the archive, where it is known
-    templates: tuple | list = ()  # groups of templates; the general ones serve if there are none
+    sha256: str = ""  # of the archive, if known
+    templates: tuple | list = ()  # groups of templates; if empty, the general ones are used
     zero_shot: str = "a photo of a {}."  # CoOp's one template
     clip: str = "ViT-B/16"
 
 
-# The field's mirror on the Hugging Face hub, kept by the authors of PromptKD and ATPrompt: one zip
-# file per dataset, with its images and lists in the layout of CoOp's DATASETS.md.
+# The field's mirror on the Hugging Face hub, maintained by the authors of PromptKD and ATPrompt: a
+# zip file per dataset, with its images and lists in the layout of CoOp's DATASETS.md.
 HUB = "zhengli97/prompt_learning_dataset"
 REVISION = "ceb3112337fb6e1bf71534e355ca5569b63f19a6"
 DATASETS = {
@@ -240,7 +240,7 @@ DATASETS = {
 
 
 def row_of(dataset):
-    """The row of a dataset; for a folder of one's own, a row of nothing but defaults."""
+    """The row of a dataset; for your own folder, a row of defaults."""
     return DATASETS.get(dataset, Row())
 
 
@@ -250,7 +250,7 @@ def template_groups(dataset):
 
 
 def archive_url(row):
-    """The address of a row's archive. The variable HF_ENDPOINT moves it to another host."""
+    """The address of a row's archive. The environment variable HF_ENDPOINT changes the host."""
     host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return f"{host.rstrip('/')}/{HUB}/resolve/{REVISION}/{row.archive}"
 
@@ -261,14 +261,14 @@ def all_templates(groups):
 
 
 def named_groups(config):
-    """The groups that a run starts from: the dataset's, also for `--groups auto`, or a file's; with
-    `--one-group` all of them in one. Raises BadInput as `read_groups` does."""
+    """The groups that a run starts from: the dataset's, also for `--groups auto`, or a file's. With
+    `--one-group` they are merged. Raises BadInput as `read_groups` does."""
     name, dataset = config["groups"], config["dataset"]
     groups = template_groups(dataset) if name in ("dataset", "auto") else read_groups(name)
     return [all_templates(groups)] if config["one_group"] else groups
 
 
-# Language models number templates or put them in a list, in quotation marks or in bold print.
+# Language models may number templates, or put them in a list, in quotation marks or in bold.
 LISTED = re.compile(r"""(?:(?:[-*+•–]|\(?\d+[.)])\s+)?(?:["“'‘`*]+(.*?)["”'’`*]+[.,;]*|(.*))""")
 
 
@@ -277,7 +277,7 @@ def read_groups(file):
     between groups.
 
     Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
-    without {}, or two groups that start alike.
+    without {}, or has two groups with the same first template.
     """
     groups = [[]]
     for number, line in enumerate(read_text(file).splitlines(), 1):

@@ -1,7 +1,7 @@
-"""The frozen CLIP: found by name or file, checked, loaded.
+"""The frozen CLIP: finds it by name or file, checks it and loads it.
 
-`clip.load` does most of this, but stumbles over plain state dicts on current PyTorch and rounds
-fp32 weights to fp16 on the way; here they stay what they were.
+`clip.load` does most of this, but fails on plain state dicts with current PyTorch and rounds fp32
+weights to fp16 on the way. Here the weights stay unchanged.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
 VOCABULARY = 49408
-FOREIGN = {  # parts of names that are not OpenAI's
+FOREIGN = {  # parts of parameter names that are not OpenAI's
     "text_model.": "the names of Hugging Face's transformers: rename them to OpenAI's",
     "patch_embed.": "timm's names: rename them to OpenAI's, if it is OpenAI's model",
     "token_suffix": "CoOp's prompts without the CLIP they belong to: name that",
@@ -31,15 +31,15 @@ def load_clip(name, device):
     """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
     A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
-    checkpoint (see `_unwrap`), or a state dict with the embeddings of some tokens only (`token_ids`
-    names their rows; the other rows become NaN, so that an unknown word can be noticed and can
-    never pass for a known one).
+    checkpoint (see `_unwrap`), or a state dict with the embeddings of some tokens only. In the last
+    case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown word
+    is noticed and never taken for a known one.
 
     Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
-    stands for this CLIP in feature caches and checkpoints.
-    Raises BadInput for an unknown name, a file that is no CLIP, or a failed download.
+    identifies this CLIP in feature caches and checkpoints.
+    Raises BadInput for an unknown name, a file that is not a CLIP, or a failed download.
     """
-    import clip  # here: it brings torchvision along, and --help need not wait for that
+    import clip  # here: it imports torchvision, which --help need not wait for
     from clip.model import build_model
 
     names = ["bundled", *clip.available_models()]
@@ -98,8 +98,8 @@ def _read_weights(path):
 
 
 def _known_kind(path):
-    """What a file is that holds no weights as they are read here, and what to do; None if that is
-    not known."""
+    """What kind of file this is, if its weights cannot be read here, and what to do. None if that
+    is not known."""
     with open(path, "rb") as file:
         head = file.read(32)
     if head[8:9] == b"{":
@@ -115,8 +115,8 @@ def _known_kind(path):
 
 
 def _unwrap(content, path):
-    """The state dict of a CLIP wherever it lies in a checkpoint: in dictionaries in it, or with
-    a prefix to its names (`module.`). Raises BadInput if there is none, or more than one."""
+    """Finds the state dict of a CLIP in a checkpoint, in nested dictionaries or under names with a
+    prefix (`module.`). Raises BadInput if there is none, or more than one."""
     parts, found = [content], {}
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]

@@ -1,6 +1,6 @@
-"""Downloads: one file, continued where it stopped, and one archive, unpacked.
+"""Downloads a file, resuming where it stopped, or an archive, which is then unpacked.
 
-Whatever has its final name is complete: it arrived under another one and was renamed last.
+A file or folder with its final name is complete: it is written under another name, renamed last.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from lib.runs import BadInput, writable_folder
 
 try:
     import fcntl
-except ImportError:  # Windows has no locks that end with their process
+except ImportError:  # Windows has no locks that are released when a process ends
     fcntl = None
 
-STALL = 20  # seconds without a new byte after which a download is given up
-BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: on a terminal only
+STALL = 20  # a download is given up after so many seconds without a new byte
+BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: only on a terminal
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError)
 
 
 def download(url, path, way_out, sha256=None, copies=1):
-    """Downloads a file to `path`. What an earlier attempt left in `path`.part is continued.
+    """Downloads a file to `path`, continuing from what an earlier attempt left in `path`.part.
 
     way_out: what to do if this fails. copies: how many times the file must fit on the disk, 2 for
-    an archive to be unpacked. Raises BadInput.
+    an archive that will be unpacked. Raises BadInput.
     """
     part = path.with_name(f"{path.name}.part")
     have, size = part.stat().st_size if part.exists() else 0, None
-    most, grown = 0, time.monotonic()  # bytes, and when there last were more than ever before
+    most, grown = 0, time.monotonic()  # most bytes so far, and the time they last increased
     print(f"downloading {url}")
     with tqdm(desc=path.name, **BAR) as bar:
         while size is None or have < size:
@@ -66,12 +66,12 @@ def download(url, path, way_out, sha256=None, copies=1):
                 if have < size:
                     raise ConnectionError("the connection was closed")
             except NETWORK as error:
-                if have and getattr(error, "code", None) == 416:  # no byte is left to send
+                if have and getattr(error, "code", None) == 416:  # there are no more bytes
                     if error.headers["Content-Range"] == f"bytes */{have}":
                         break
                     have = 0  # the part is longer than the file
                     continue
-                # Before the first byte, a host that is not found or says no is asked only once.
+                # Before the first byte, an unknown host or a refusal is not tried again.
                 refused = isinstance(error, URLError) and not most
                 if refused or time.monotonic() - grown >= STALL:
                     reason = str(error).strip("<>")
@@ -86,9 +86,9 @@ def download(url, path, way_out, sha256=None, copies=1):
 
 
 def _open(url, start, seconds):
-    """The reply to a request for a file from byte `start` on, within so many seconds. (The timeout
-    of `urlopen` counts for each of a host's addresses, of which the hub has a dozen, and not for
-    the name server.)"""
+    """Requests a file from byte `start` on and returns the reply, within `seconds`. (The timeout of
+    `urlopen` is not enough: it applies to each of a host's addresses, of which the hub has a dozen,
+    and not to the name lookup.)"""
     headers = {"Range": f"bytes={start}-"} if start else {}
     seconds = max(seconds, STALL / 20)
     replies = queue.Queue()
@@ -119,24 +119,24 @@ def file_sha256(path):
 
 
 def fetch_dataset(url, folder, contents, sha256=None):
-    """Makes a dataset's folder from the zip file at `url`, unless it holds more than lists already.
+    """Makes a dataset's folder from the zip file at `url`, unless it already holds more than lists.
 
-    A zip file that the user has put beside the folder is used instead, and stays. Lists that are in
-    the folder win over the archive's. contents: what to look for in the archive, the folder of the
-    images first. Raises BadInput.
+    A zip file that the user has put beside the folder is used instead, and kept. Lists that are in
+    the folder replace the archive's. contents: what to look for in the archive, the image folder
+    first. Raises BadInput.
     """
     if _holds_images(folder):
         return
     print(f"no images in {folder}: fetching them, or waiting for the process that does")
     root, archive = folder.parent, folder.with_name(url.rpartition("/")[2])
-    work = root / f"{folder.name}.fetching"  # holds what is not finished
+    work = root / f"{folder.name}.fetching"  # holds unfinished files
     fetched, files, aside = work / archive.name, work / "files", work / "aside"
     with writable_folder(root, "name another --data"), alone(root / f"{folder.name}.lock"):
         if _holds_images(folder):
             return
         try:
             work.mkdir(exist_ok=True)
-            shutil.rmtree(files, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(files, ignore_errors=True)  # left by a killed process
             if not archive.is_file():
                 archive = fetched
             if not archive.is_file():
@@ -149,7 +149,7 @@ def fetch_dataset(url, folder, contents, sha256=None):
                 fetched.unlink(missing_ok=True)
                 way_out = "removed, try again" if archive == fetched else "remove it"
                 raise BadInput(f"{archive} is damaged ({error}): {way_out}") from error
-            # Archives differ in what is around the dataset's folder, and in its name.
+            # Archives differ in the name of the dataset's folder, and in the folders around it.
             places = [files / folder.name, files, *files.glob("*"), *files.glob("*/*")]
             best = max(places, key=lambda place: sum((place / name).exists() for name in contents))
             if not (best / contents[0]).is_dir():
@@ -161,7 +161,7 @@ def fetch_dataset(url, folder, contents, sha256=None):
                 folder.rename(aside)
             best.rename(folder)
             shutil.rmtree(work)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a compression that is not known
+        except (OSError, RuntimeError) as error:  # RuntimeError: unknown compression
             raise BadInput(f"cannot unpack {archive} as {folder}: {error}") from error
         finally:
             shutil.rmtree(files, ignore_errors=True)
@@ -178,7 +178,7 @@ def _holds_images(folder):
 
 
 def _unpack(archive, files):
-    """Unpacks a zip file, which tests its checksums. Raises one of DAMAGED."""
+    """Unpacks a zip file, which also verifies its checksums. Raises one of DAMAGED."""
     with zipfile.ZipFile(archive) as content:
         size = sum(entry.file_size for entry in content.infolist())
         with tqdm(desc="unpacking", total=size, **BAR) as bar:
@@ -200,7 +200,7 @@ def alone(path):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 break
-        file.close()  # whoever held it has removed it since
+        file.close()  # its holder has removed the file since
     try:
         yield
     finally:

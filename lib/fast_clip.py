@@ -1,13 +1,13 @@
-"""The blocks that both encoders of CLIP are made of, made ready to compute fast; the image encoder.
+"""Fast versions of the attention blocks that both CLIP encoders consist of; the fast image encoder.
 
 A block computes what `clip.model.ResidualAttentionBlock` does, with less work:
 
-- nothing is copied around the attention, and where nothing is learned, sums are made in place;
-- QuickGELU, x * sigmoid(1.702 x), reads and writes the encoder's widest numbers three times. But
-  1.702 QuickGELU(x) = silu(1.702 x), with silu(x) = x * sigmoid(x), which does so once. So the
-  weights before it are multiplied by 1.702 and those behind it divided by it;
-- on a GPU the weights are rounded to half precision once instead of in every step. What runs past
-  the blocks, x, stays fp32, and so does LayerNorm.
+- nothing is copied around the attention, and without gradients, residuals are added in place;
+- QuickGELU, x * sigmoid(1.702 x), reads and writes the encoder's widest activations three times.
+  silu(x) = x * sigmoid(x) does so once, and 1.702 QuickGELU(x) = silu(1.702 x). So the weights
+  before it are multiplied by 1.702, and those after it are divided by 1.702;
+- on a GPU the weights are rounded to half precision once instead of in every step. The residual
+  stream x stays in fp32, and so does LayerNorm.
 
 A block therefore holds copies of most weights, made when it is first used. Changing CLIP's weights
 later has no effect on it, except for LayerNorms.
@@ -24,13 +24,13 @@ QUICK_GELU = 1.702
 
 
 class Block:
-    """One residual attention block. Its steps take (..., W), and attention (R, L, W).
+    """One residual attention block. Its steps take (..., W), only attention takes (R, L, W).
 
-    Raises ValueError if weights are to be learned other than the LayerNorms'.
+    Raises ValueError if parameters other than the LayerNorms' require gradients.
     """
 
     def __init__(self, block, dtype, factor=QUICK_GELU):
-        """block: a `clip.model.ResidualAttentionBlock`. dtype: of the products."""
+        """block: a `clip.model.ResidualAttentionBlock`. dtype: of the matrix products."""
 
         def frozen(layer, names, factor=1.0):
             parameters = [getattr(layer, name) for name in names]
@@ -40,7 +40,7 @@ class Block:
 
         attention, mlp = block.attn, block.mlp
         self.dtype, self.n_heads = dtype, attention.num_heads
-        self.norm_1, self.norm_2 = block.ln_1, block.ln_2  # clip's own, as these may be learned
+        self.norm_1, self.norm_2 = block.ln_1, block.ln_2  # clip's own, as they may be trained
         self.qkv_weight, self.qkv_bias = frozen(attention, ["in_proj_weight", "in_proj_bias"])
         self.out = frozen(attention.out_proj, ["weight", "bias"])
         self.up = frozen(mlp.c_fc, ["weight", "bias"], factor)
@@ -51,14 +51,14 @@ class Block:
         return F.linear(self.norm_1(x).to(self.dtype), self.qkv_weight, self.qkv_bias)
 
     def attend(self, q, k, v, mask=None):
-        """q (R, Q, W), k and v (R, L, W) -> (R, Q, W). mask: None, or (R, 1, Q, L), 0 or -inf,
-        which is added to the scores."""
+        """q (R, Q, W), k and v (R, L, W) -> (R, Q, W). mask: None, or (R, 1, Q, L) of 0 and
+        -inf, added to the scores."""
         heads = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
 
     def after_attention(self, x, attended):
         """The attention's projection, the MLP, and both residuals: x and attended, both (..., W),
-        -> (..., W). Where nothing is learned, x is overwritten."""
+        -> (..., W). Without gradients, x is overwritten."""
         x = _plus(x, F.linear(attended, *self.out))
         hidden = F.linear(self.norm_2(x).to(self.dtype), *self.up)
         return _plus(x, F.linear(self.activation(hidden), *self.down))
@@ -67,7 +67,7 @@ class Block:
         return F.silu(hidden, inplace=not hidden.requires_grad)
 
     def first_positions(self, x):
-        """The block's output at the first position of each row alone: (R, L, W) -> (R, W)."""
+        """The block's output at only the first position of each row: (R, L, W) -> (R, W)."""
         normed, width = self.norm_1(x).to(self.dtype), x.shape[-1]
         q = F.linear(normed[:, :1], self.qkv_weight[:width], self.qkv_bias[:width])
         kv = F.linear(normed, self.qkv_weight[width:], self.qkv_bias[width:])
@@ -75,7 +75,7 @@ class Block:
 
 
 def _plus(x, change):
-    """x + change; in place if nothing is learned, since then x is not needed again."""
+    """x + change; in place without gradients, since x is then not needed again."""
     return x + change if change.requires_grad else x.add_(change)
 
 
@@ -83,7 +83,7 @@ _READY = weakref.WeakKeyDictionary()  # transformer -> {dtype: [Block, ...]}
 
 
 def blocks_of(transformer, dtype):
-    """The blocks of a `clip.model.Transformer`, made ready once per dtype."""
+    """The fast blocks of a `clip.model.Transformer`, made once per dtype."""
     ready = _READY.setdefault(transformer, {})
     if dtype not in ready:
         ready[dtype] = [Block(block, dtype) for block in transformer.resblocks]
@@ -95,7 +95,7 @@ def encode_images(clip_model, pixels, dtype):
 
     A vision transformer is computed here, a ResNet by `clip`. Only the class token is read at the
     end, so the last block computes keys and values at all positions and everything else for this
-    token alone. dtype: of the products in the blocks.
+    token only. dtype: of the matrix products in the blocks.
     """
     visual = clip_model.visual
     if not hasattr(visual, "transformer"):

@@ -2,24 +2,24 @@
 
 Prompt learning reads the same few prompts with every class name, in every step:
 
-    a photo of a [red star]        `clip` computes each of them on its own, all 77 positions,
-    a photo of a [blue ring]       and reads one: EOT. Attention never looks to the right, so
-    a photo of a [green star]      most of that is computed twice or for nothing.
+    a photo of a [red star]        `clip` encodes each of them separately, at all 77 positions,
+    a photo of a [blue ring]       and reads one of these: EOT. Attention is causal, so most of
+    a photo of a [green star]      that work is repeated or never used.
 
-Here the sentences of a prompt form a tree, as they begin alike, and so may the names in them:
+Here the sentences of a prompt form a tree, since they begin alike, and so may their names:
 
-    SOS a photo of a -- red -- star EOT         A node of the tree is a token with what stands
-                     |      \\- ring EOT         before it. What the encoder computes there is the
-                      \\- blue -- ring EOT       same for all sentences that pass through it.
+    SOS a photo of a -- red -- star EOT         A node of the tree is a token and all the tokens
+                     |      \\- ring EOT         before it. The encoder computes the same there
+                      \\- blue -- ring EOT       for every sentence that contains the node.
 
-Each node is computed once, and nothing after an EOT is. Every number is the one that `TextEncoder`
-in prompts.py computes. Trees are independent of each other, so bounding the memory (some trees at
-a time) and splitting the work over processes (a part of each) both mean: take some of the trees.
+Each node is computed once, and nothing is computed after an EOT. The results equal those of
+`TextEncoder` in prompts.py. Trees are independent of each other: to bound the memory, some trees
+are encoded at a time; to split the work, each process gets some of the trees.
 
-Nodes are numbered depth first. `last[j]` is the last node below node j in the tree, so j stands
-before i, or is i, exactly if j <= i <= last[j]. All but attention works on nodes, one by one.
-Attention works on *rows* of neighbouring sentences: a row that begins in the middle of the tree
-repeats the path to its first sentence. A mask keeps the sentences of a row apart.
+Nodes are numbered depth first. `last[j]` is the last node below node j in the tree, so j precedes
+or equals i in a sentence exactly if j <= i <= last[j]. Everything but attention works on single
+nodes. Attention works on *rows* of neighbouring sentences: a row that begins in the middle of the
+tree repeats the path to its first sentence. A mask keeps the sentences of a row apart.
 
 Letters in shapes: P nodes, R rows, L nodes in a row, N sentences, W width of the encoder, D of
 its output, G prompts, C classes, V learned vectors.
@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 from lib import parallel
 from lib.fast_clip import blocks_of
 
-CHUNK = {"cpu": 1024, "cuda": 8192}  # sentences encoded at a time; 8,192 keep 5 GB at CLIP's sizes
-# In a row of L nodes, each costs attention over L others, and this much for moving it there and
-# back. (Measured; a wide range is as good.)
+CHUNK = {"cpu": 1024, "cuda": 8192}  # sentences encoded at a time; 8,192 take 5 GB at CLIP's size
+# A node in a row of L nodes costs L for attention, and this much for copying it to the row and
+# back. (Measured; a wide range works as well.)
 MOVING = 40
 
 # ------------------------------------------------------------------------------ the text encoder
@@ -48,20 +48,19 @@ class FastTextEncoder:
     """G prompts x C classes, laid out once, to be encoded in every step."""
 
     def __init__(self, clip_model, sentences, chunk=None):
-        """sentences: [prompt][class] -> ids from SOS to EOT: below the size of CLIP's vocabulary a
-        token, above it a row of the vectors that the call is given.
+        """sentences: [prompt][class] -> ids from SOS to EOT. Those below the size of the vocabulary
+        are tokens; the others are rows of the vectors that are passed to the call.
 
-        chunk: how many sentences are encoded at a time, CHUNK if None. If that takes several
-        batches, nothing inside the encoder is kept for the backward pass: each batch is computed
-        again there (activation checkpointing), so memory grows with the chunk and not with the
-        number of sentences.
+        chunk: how many sentences are encoded at a time, CHUNK if None. With several batches, no
+        activations are kept for the backward pass, which computes each batch again (activation
+        checkpointing). Memory then grows with the chunk and not with the number of sentences.
         """
         weight = clip_model.token_embedding.weight
         self.clip_model = clip_model
         self.shape = n_prompts, n_classes = len(sentences), len(sentences[0])  # (G, C)
         self.chunk = chunk or CHUNK[weight.device.type]
-        # The classes are cut into ranges of at most a chunk, as many for each process; a tree is
-        # what a prompt makes of a range.
+        # The classes are cut into ranges of at most a chunk, the same number for each process. The
+        # sentences of one prompt for one range form a tree.
         rank, world = parallel.rank(), parallel.world()
         n_ranges = world * max(1, -(-n_classes // self.chunk))
         cuts = [n_classes * i // n_ranges for i in range(n_ranges + 1)]
@@ -95,7 +94,7 @@ class FastTextEncoder:
         if vectors is not None:
             vectors = parallel.sum_gradients(vectors)
             table = torch.cat([table.expand(*vectors.shape[:-2], -1, -1), vectors], dim=-2)
-        if table.dim() == 3:  # one table after the other, and the sentences once for each
+        if table.dim() == 3:  # concatenate the tables, and repeat the sentences for each
             sets, n_tokens = table.shape[:1], table.shape[1]
             copies = [
                 batch.moved(i * n_tokens, i * n_sentences)
@@ -109,10 +108,10 @@ class FastTextEncoder:
 
 
 def encode_batches(clip_model, table, batches, n_sentences):
-    """Features of sentences, computed batch by batch and by all processes: (N, D), not normalised.
+    """Features of sentences, computed in batches and by all processes: (N, D), not normalised.
 
-    table: (tokens, W), the embeddings that `batch.token` points into. Sentences that are in no
-    batch get zeros.
+    table: (tokens, W), the embeddings that `batch.token` indexes. Sentences in no batch get
+    zeros.
     """
     features = table.new_zeros(n_sentences, clip_model.text_projection.shape[1])
     encode, learns = encode_piece, table.requires_grad
@@ -123,7 +122,7 @@ def encode_batches(clip_model, table, batches, n_sentences):
         parts = [encode(clip_model, table, batch, dtype) for batch in batches]
         sentences = torch.cat([batch.sentence for batch in batches])
         features = features.index_copy(0, sentences, torch.cat(parts))
-    else:  # this process takes part in the backward pass all the same
+    else:  # this process still takes part in the backward pass
         features = features + table[:0].sum()
     return parallel.sum_over_processes(features)
 
@@ -143,7 +142,7 @@ def encode_piece(clip_model, table, piece, dtype):
     *blocks, last = blocks_of(clip_model.transformer, dtype)
     for block in blocks:
         x = block.after_attention(x, attention(block, x).index_select(0, piece.first))
-    # What follows the last attention is computed for EOT alone.
+    # What follows the last attention is computed only for EOT.
     mixed = attention(last, x).index_select(0, piece.first[piece.ends])
     x = last.after_attention(x.index_select(0, piece.ends), mixed)  # (N, W)
     return clip_model.ln_final(x) @ clip_model.text_projection
@@ -156,21 +155,21 @@ def encode_piece(clip_model, table, piece, dtype):
 class Piece:
     """Sentences that are encoded together, all on one device."""
 
-    token: torch.Tensor  # (P,): what stands at each node, an index into a table of embeddings
-    position: torch.Tensor  # (P,): how many tokens stand before it
+    token: torch.Tensor  # (P,): the token of each node, an index into a table of embeddings
+    position: torch.Tensor  # (P,): the number of tokens before it
     rows: torch.Tensor  # (R, L): the nodes that attention works on
-    mask: torch.Tensor  # (R, 1, L, L): 0 where one node of a row looks at another, else -inf
-    first: torch.Tensor  # (P,): where in the flattened rows a node stands first
+    mask: torch.Tensor  # (R, 1, L, L): 0 where one node of a row attends to another, else -inf
+    first: torch.Tensor  # (P,): the first place of a node in the flattened rows
     ends: torch.Tensor  # (N,): the node of each sentence's EOT
-    sentence: torch.Tensor  # (N,): which sentence that is
+    sentence: torch.Tensor  # (N,): the number of that sentence
 
     def moved(self, tokens, sentences):
-        """A copy with that much added to its tokens and to its sentences' numbers."""
+        """A copy with these offsets added to its tokens and to its sentence numbers."""
         return replace(self, token=self.token + tokens, sentence=self.sentence + sentences)
 
 
 def join(pieces):
-    """Several pieces as one. Their rows must be equally long."""
+    """Joins several pieces into one. Their rows must have the same length."""
     if len(pieces) == 1:
         return pieces[0]
     columns = {field.name: [getattr(p, field.name) for p in pieces] for field in fields(Piece)}
@@ -183,7 +182,7 @@ def join(pieces):
 
 
 def in_batches(pieces, at_once):
-    """The pieces joined, a list: in each batch at most `at_once` sentences, or a single piece."""
+    """Joins pieces into a list of batches of at most `at_once` sentences, or of a single piece."""
     batches, n = [], at_once
     for piece in pieces:
         n += len(piece.sentence)
@@ -195,9 +194,9 @@ def in_batches(pieces, at_once):
 
 
 def pack(trees, device=None):
-    """One `Piece` per tree, the rows of all equally long.
+    """Lays out one `Piece` per tree, all with rows of the same length.
 
-    trees: of each, {number: sentence}; a sentence is a list of ints, SOS first and EOT last.
+    trees: a list of {number: sentence}; a sentence is a list of ints, SOS first and EOT last.
     """
     if not trees:
         return []
@@ -217,8 +216,8 @@ def _shared_prefixes(sentences):
 
 
 def _best_length(sizes):
-    """The length of row at which attention costs least. Long rows hold fewer nodes twice, short
-    ones compute less of what the mask hides. sizes: of each tree, [(tokens, shared prefix)]."""
+    """The row length at which attention costs least. Long rows repeat fewer nodes; short rows
+    compute less of what the mask hides. sizes: [(tokens, shared prefix)] of each tree."""
     longest = max(size for tree in sizes for size, _ in tree)
     whole = max(sum(size - n for size, n in tree) for tree in sizes)
     tries = {min(int(longest * 1.1**power), whole) for power in range(40)}
@@ -226,8 +225,8 @@ def _best_length(sizes):
     def cost(length):
         n_rows = 0
         for tree in sizes:
-            load = length  # of the last row, so that the first sentence starts one
-            for size, n in tree:  # as `_lay_out` fills them
+            load = length  # the row counts as full, so that the first sentence starts one
+            for size, n in tree:  # fills rows as `_lay_out` does
                 load += size - n
                 if load > length:
                     n_rows, load = n_rows + 1, size
@@ -240,7 +239,7 @@ def _lay_out(tree, shared, length, device):
     """The piece of one tree. tree: [(number, sentence)], sorted by sentence."""
     token, position, first, last, ends, rows, path = [], [], [], [], [], [], []
     for (_, sentence), n in zip(tree, shared):
-        for node in path[n:]:  # the tree goes on without these
+        for node in path[n:]:  # no later sentence contains these
             last[node] = len(token) - 1
         new = range(len(token), len(token) + len(sentence) - n)
         path = [*path[:n], *new]
@@ -256,8 +255,8 @@ def _lay_out(tree, shared, length, device):
     for node in path:
         last[node] = len(token) - 1
 
-    # A short row is filled with a node that sees only itself; it is computed as node 0 and
-    # never read.
+    # A short row is padded with a node that attends only to itself. It is computed as node 0
+    # and never read.
     nowhere = len(token)
     padded = [row + [nowhere] * (length - len(row)) for row in rows]
     token, position, first, ends, last, rows, sentence = (

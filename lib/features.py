@@ -3,16 +3,16 @@
 CLIP's image encoder is frozen, so an image's feature never changes. Each image is encoded once, a
 training image once per *view* (an augmented crop), and the features are kept on disk for every
 later run with another seed, method or number of shots. Threads load one batch ahead of the encoder:
-Pillow and torch release the interpreter while they work.
+Pillow and torch release the GIL while they work.
 
-A dataset has a folder in the cache, and in it one folder per CLIP and way of encoding, with
-*shards*: files of keys and rows. A shard is written whole under a temporary name and never changes
-afterwards, so runs can share the cache at the same time. At worst both encode an image.
+A dataset has a folder in the cache. It holds one folder per CLIP and way of encoding, and these
+hold *shards*: files of keys and rows. A shard is written under a temporary name, then renamed, and
+never changes afterwards, so several runs can share the cache. At worst, two encode the same image.
 
-An image's key names its content: its path below the dataset's folder, its size and a digest of its
-beginning. So a copy of a dataset and its cache on another disk finds everything. Two folders of
-one's own may have one name, and scans in them the same size and white margin, so there the file's
-time is part of the key. A folder that has moved, or was copied with its times, is still found.
+An image's key identifies its content: its path below the dataset's folder, its size and a digest of
+its first bytes. So a dataset and its cache can be copied to another disk. Two of your own folders
+may have the same name, and scans in them the same size and white margin, so there the file's time
+is part of the key. A folder that has moved, or was copied with its times, is still found.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ from lib.runs import BadInput, doing, out_of_memory, replacing
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
-SHARD = 4096  # rows; what is encoded is safe on disk at least this often
-PHOTOS_AT_ONCE = 4  # read ahead; twice as many may be decoded, 0.2 GB each if of 48 megapixels
-DIGESTED = 2**16  # bytes at the beginning of an image file
+SHARD = 4096  # rows; encoded features are saved at least this often
+PHOTOS_AT_ONCE = 4  # read ahead; twice as many may be in memory, 0.2 GB each at 48 megapixels
+DIGESTED = 2**16  # bytes hashed at the beginning of an image file
 
 # ------------------------------------------------------------------------------- preprocessing
 
@@ -53,16 +53,16 @@ DIGESTED = 2**16  # bytes at the beginning of an image file
 def preprocess(image, size, rng=None):
     """PIL -> uint8 (3, size, size). CLIP's own: the short side to `size` pixels, centre crop.
 
-    rng: a `torch.Generator` for CoOp's in training instead: a random resized crop (8 to 100% of the
-    area), flipped half the time. The draws are those of torchvision's `RandomResizedCrop` and
-    `RandomHorizontalFlip`, which have no generator but the global one, and all threads share that.
+    rng: a `torch.Generator` for CoOp's training augmentation instead: a random resized crop (8 to
+    100% of the area), flipped half the time. It samples like torchvision's `RandomResizedCrop` and
+    `RandomHorizontalFlip`, which only use the global generator, shared by all threads.
     """
     import torchvision.transforms.functional as TF  # here: --help need not wait a second for it
 
     bicubic = TF.InterpolationMode.BICUBIC
     short, long = sorted(image.size)
     if rng is None and long > 8 * short:
-        # The same without the whole resized image, gigabytes for a single row of pixels.
+        # The same without the whole resized image: gigabytes if it is a single row of pixels.
         resized = size * long // short
         ends = [(round((resized - size) / 2) + x) * long / resized for x in (0, size)]
         left, right = ends if image.width == long else (0, short)
@@ -78,7 +78,7 @@ def preprocess(image, size, rng=None):
 
 
 def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
-    """A random part of an image of that size: (top, left, height, width) in pixels."""
+    """A random crop of an image of this size: (top, left, height, width) in pixels."""
     low, high = torch.log(torch.tensor(ratios))
     for _ in range(10):
         area = width * height * torch.empty(1).uniform_(0.08, 1.0, generator=rng).item()
@@ -88,15 +88,15 @@ def _crop(width, height, rng, ratios=(3 / 4, 4 / 3)):
             top = torch.randint(height - h + 1, (1,), generator=rng).item()
             left = torch.randint(width - w + 1, (1,), generator=rng).item()
             return top, left, h, w
-    # A very long image: the largest part in its middle that has one of the ratios.
+    # A very long image: the largest central crop that has one of the ratios.
     w = min(width, round(height * ratios[1]))
     h = min(height, round(width / ratios[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def as_clip_reads(images, device):
-    """A list of uint8 (3, H, W) as one normalised batch (B, 3, H, W). Not done in the threads:
-    torch's arithmetic would start as many threads again in each of them."""
+    """A list of uint8 (3, H, W) as one normalised batch (B, 3, H, W). Not for the loading
+    threads: torch's arithmetic would start as many threads again in each of them."""
     batch = torch.stack(images).to(device).float() / 255
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
     return (batch - mean) / std
@@ -105,8 +105,8 @@ def as_clip_reads(images, device):
 def load_image(split, path, view, size):
     """An image of a split, preprocessed: uint8 (3, size, size).
 
-    view: None for the test transform, else the number of the view, which is seeded by path and
-    number alone, so that seeds and methods share it.
+    view: None for the test transform, else the number of the view. Only path and number seed its
+    crop, so that runs of all seeds and methods share it.
     """
     rng = None
     if view is not None:
@@ -133,9 +133,9 @@ def _one_ahead(load, batches):
 
 
 def _images_ahead(split, batches, size):
-    """The same for batches of (path, view). Raises BadInput for unreadable images."""
+    """`_one_ahead` for batches of (path, view). Raises BadInput for unreadable images."""
     load = functools.partial(load_image, split, size=size)
-    if split.folder is None:  # drawn by Python alone, which threads delay
+    if split.folder is None:  # drawn in pure Python: threads would only delay it
         yield from ([load(*item) for item in batch] for batch in batches)
         return
     with all_unreadable(split):
@@ -144,7 +144,7 @@ def _images_ahead(split, batches, size):
 
 @contextlib.contextmanager
 def all_unreadable(split):
-    """If one image cannot be read, names all of the split that cannot, not one in every run."""
+    """If an image cannot be read, the error names all unreadable images of the split at once."""
 
     def complaint(path):
         try:
@@ -164,12 +164,12 @@ def all_unreadable(split):
 
 
 def _hashed(text):
-    """16 bytes that stand for a text."""
+    """A hash of a text, 16 bytes."""
     return hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
 
 
 def _content_names(split, paths):
-    """{path: a string that names all that a drawing, or the pixels read from a file, depend on}.
+    """{path: a string of everything that its pixels, drawn or read from a file, depend on}.
 
     Raises BadInput for an unreadable file.
     """
@@ -193,11 +193,11 @@ def _content_names(split, paths):
 
 
 def _load_rows(folder, keys, width):
-    """The cached rows among `keys`: {key: (width,) float32}."""
+    """The rows of those `keys` that are cached: {key: (width,) float32}."""
     rows = {}
     for shard in sorted(folder.glob("*.npz")) if os.access(folder, os.R_OK | os.X_OK) else []:
         try:
-            with np.load(shard) as file:  # the zip format brings checksums
+            with np.load(shard) as file:  # the zip format has checksums
                 shard_keys = [key.tobytes() for key in file["keys"]]
                 if not keys.isdisjoint(shard_keys):
                     found = file["rows"]
@@ -206,7 +206,7 @@ def _load_rows(folder, keys, width):
                     rows.update((k, r) for k, r in zip(shard_keys, found) if k in keys)
         except OSError as error:
             print(f"a cache file is left out: {error}")
-        except Exception as error:  # damaged bytes may raise anything, and are only a cache
+        except Exception as error:  # damaged bytes may raise anything; it is only a cache
             if out_of_memory(error):
                 raise
             print(f"the cache file {shard} is damaged: encoding its images again")
@@ -216,7 +216,7 @@ def _load_rows(folder, keys, width):
 
 
 def _save_rows(folder, rows):
-    """One new shard. A cache that cannot be written costs time, not the run."""
+    """Writes one new shard. A cache that cannot be written costs time, but does not end the run."""
     try:
         keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 16)
         shard = folder / f"{_hashed(repr(list(rows))).hex()}.npz"
@@ -236,17 +236,17 @@ def image_features(
 
     clip_model, fingerprint: from `load_clip`. split: opens and names the images. items: from its
     lists. n_views: None for the test transform, else how many augmented views per image.
-    what: to call them in the line that says how many came from the cache.
-    cached: False for an encoder that has been trained since it was given its fingerprint.
-    raw: features as long as CLIP makes them, as a linear probe takes them; not normalised.
+    what: the images' name in the printed line on how many features came from the cache.
+    cached: False for an encoder that has been trained since its fingerprint was computed.
+    raw: do not normalise the features; the linear probe expects CLIP's own length.
     Returns (N, D), or (N, views, D), on the model's device.
     Raises BadInput for an image that cannot be read, and for features that are not finite.
     """
     device, width = clip_model.logit_scale.device, clip_model.text_projection.shape[1]
     if not items:
         return torch.zeros(0, width, device=device)
-    # Everything that a feature depends on. The folder's name has the weights and the way of
-    # encoding, a row's key the image and the view.
+    # The cache distinguishes all that a feature depends on: the folder's name stands for the
+    # weights and the way of encoding, a row's key for the image and the view.
     how = [ENCODING, fingerprint, device.type, PIL.__version__, version("torchvision")]
     folder = CACHE / split.name / _hashed("|".join(map(str, how))).hex()
     views = range(n_views) if n_views else [None]
@@ -285,11 +285,11 @@ def image_features(
 @doing("encoding images", "try another --device")
 @torch.no_grad()
 def _encode(clip_model, split, wanted, bar):
-    """Features of images, one array (D + 1,) each: the unit vector, and the norm that it had.
+    """Features of images, one array (D + 1,) each: the unit vector, and the norm before scaling.
 
-    wanted: (path, view) of each. Every batch is filled up with zeros to one size: matrix products
-    of one shape treat an image alike whatever its neighbours, so that what was in the cache before
-    a run changes its features by rounding at most.
+    wanted: (path, view) of each. Every batch is padded with zeros to the same size: products of
+    the same shape treat an image alike whatever its neighbours, so the features of a run depend on
+    what was cached before it by rounding at most.
     """
     device = clip_model.logit_scale.device
     size, n = clip_model.visual.input_resolution, BATCH[device.type]
@@ -302,7 +302,7 @@ def _encode(clip_model, split, wanted, bar):
         padded[: len(images)] = images
         features = encode_images(clip_model, padded, dtype)[: len(images)]
         norm = features.norm(dim=-1, keepdim=True)
-        good = (norm > 0) & (norm < torch.inf)  # NaN is neither
+        good = (norm > 0) & (norm < torch.inf)  # False for NaN
         if not good.all():
             path, _ = batch[good.int().argmin()]
             raise BadInput(
@@ -310,20 +310,20 @@ def _encode(clip_model, split, wanted, bar):
                 " are these weights damaged?"
             )
         rows.extend(torch.cat([F.normalize(features, dim=-1), norm], dim=1).cpu().numpy())
-        bar.update(len(images) * parallel.world())  # the others have done as much
+        bar.update(len(images) * parallel.world())  # the others have done as many
     return rows
 
 
 @torch.no_grad()
 def photo_features(clip_model, images, raw=False):
-    """Features (N, D) of photos that belong to no dataset, one at a time: PIL images, or pixels
-    from `album_pixels`. raw: not normalised."""
+    """Features (N, D) of photos that belong to no dataset, encoded one by one. images: PIL images,
+    or pixels from `album_pixels`. raw: do not normalise."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     features = []
     for image in images:
         if not torch.is_tensor(image):
             unread = getattr(image, "tile", None) and image.filename and not image.tell()
-            # Opened once more, so that the caller's keeps no pixels: 48 megapixels take 0.2 GB.
+            # Opened again, so that the caller's image holds no pixels: 48 megapixels take 0.2 GB.
             image = open_photo(image.filename) if unread else upright_rgb(image)
             image = preprocess(image, size)
         features.append(encode_images(clip_model, as_clip_reads([image], device), torch.float32))
@@ -335,7 +335,7 @@ def photo_features(clip_model, images, raw=False):
 
 def album_pixels(clip_model, files):
     """Yields (file, preprocessed pixels) of each photo that can be read, while threads read the
-    next few; names the others on standard error."""
+    next few. The others are named on standard error."""
 
     def load(file):
         try:
@@ -356,8 +356,8 @@ def album_pixels(clip_model, files):
 
 
 def training_features(clip_model, fingerprint, split, n_views, live):
-    """The training images of a split, as a training loop reads them: `CachedImages`, or
-    `LiveImages` if `live`, for an image encoder that learns.
+    """The training images of a split, for the training loop: `CachedImages`, or `LiveImages` if
+    `live`, for an image encoder that is trained.
 
     n_views: stored crops per image. Drawn images are never cropped.
     """
@@ -377,9 +377,9 @@ class CachedImages:
         self.n_views = self.features.shape[1]
 
     def batches(self, batches, views, epoch):
-        """Yields the features (B, D) of one batch after the other. batches: indices of images, (B,)
-        each. views: (N,), the view to take of each image."""
-        # One trip to the device per epoch: a GPU waits for none of its batches.
+        """Yields the features (B, D) of each batch in turn. batches: indices of images, (B,) each.
+        views: (N,), the view to use of each image."""
+        # One transfer to the device per epoch, so that a GPU does not wait for batches.
         order, device = torch.cat(batches), self.features.device
         features = self.features[order.to(device), views[order].to(device)]
         yield from features.split([len(batch) for batch in batches])
@@ -411,8 +411,8 @@ N_PROMPTS = 4
 
 
 def learnable_part(clip_model, side):
-    """The part of the image encoder that `--image-side` learns, a module; None for `frozen`. The
-    encoder does not use it before `attach`.
+    """The part of the image encoder that `--image-side` trains, a module; None for `frozen`. The
+    encoder uses it only after `attach`.
 
     side: `layer-norms`, those of the blocks, as in MoCoOp's and LASP's published runs; or
     `prompts`: N_PROMPTS tokens that join an image's patches before the first block (visual prompt
@@ -431,6 +431,6 @@ def learnable_part(clip_model, side):
 
 
 def attach(clip_model, part):
-    """Makes the image encoder use a `learnable_part`. LayerNorms are part of it from the start."""
+    """Makes the image encoder use a `learnable_part`. LayerNorms are in it from the start."""
     if isinstance(part, nn.ParameterList):
         clip_model.visual.prompts = part[0]

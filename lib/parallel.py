@@ -1,16 +1,16 @@
-"""Many processes on one task: `torchrun --nproc_per_node N train.py ...`.
+"""One run in several processes: `torchrun --nproc_per_node N train.py ...`.
 
 Every process holds the same prompts and router, sees the same batches and computes the same losses.
-What is split is the work of the frozen encoders: images before training, sentences during it. In a
-step, each process encodes its share of the sentences and all get all features
-(`sum_over_processes`). In the backward pass each follows its own share back to the prompts, where
-the parts of the gradient are added up (`sum_gradients`). From there on all processes hold the same
-numbers again, so nothing else needs to be sent. (With --image-side each process computes the
-gradients of the image encoder for itself.)
+Only the work of the frozen encoders is split: images before training, sentences during it. In a
+step, each process encodes its share of the sentences, and all processes get all features
+(`sum_over_processes`). In the backward pass, each process computes the gradient of its own share
+with respect to the prompts, and these gradients are summed (`sum_gradients`). After that, all
+processes hold the same numbers again, so nothing else needs to be sent. (With --image-side, each
+process computes all gradients of the image encoder itself.)
 
-Without torchrun all of this does nothing. The processes share one disk. Every process writes the
-files of a run, under names of its own that are renamed; the first one keeps the feature cache.
-When a process fails, torchrun ends the others.
+Without torchrun, none of this has an effect. The processes share one disk. Every process writes the
+files of a run, under its own temporary names, and renames them; only the first one uses the feature
+cache. When a process fails, torchrun stops the others.
 """
 
 import os
@@ -23,11 +23,11 @@ from lib.runs import BadInput
 
 
 def choose_device(name):
-    """A `torch.device` by name, None for the best there is; under torchrun with CUDA, this
-    process's own. Raises BadInput for a device that is not there or not supported."""
+    """The `torch.device` of this name, or the best available one for None; under torchrun with
+    CUDA, the GPU of this process. Raises BadInput for a missing or unsupported device."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device == torch.device("cuda"):  # one each for the processes of torchrun
+        if device == torch.device("cuda"):  # one for each process of torchrun
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         elif device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise BadInput("torchrun gives each process a GPU of its own: --device cuda, no number")
@@ -48,8 +48,8 @@ def n_threads():
 
 
 def mixed_dtype(device):
-    """What the frozen encoders' products are computed in while training: bf16 on a GPU that has it,
-    else fp32."""
+    """The dtype of the frozen encoders' products in training: bf16 on a GPU that supports it, else
+    fp32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
@@ -108,17 +108,17 @@ class _SumGradients(torch.autograd.Function):
 
 
 def sum_over_processes(x):
-    """The sum of all processes' x. Its gradient goes back to each as it is."""
+    """The sum of x over all processes. Its gradient is passed to each of them unchanged."""
     return _Sum.apply(x) if world() > 1 else x
 
 
 def sum_gradients(x):
-    """x itself; its gradient is the sum of all processes'."""
+    """x itself; its gradient is summed over all processes."""
     return _SumGradients.apply(x) if world() > 1 else x
 
 
 def gather(thing):
-    """[every process's thing, in their order], in every process."""
+    """The list of every process's thing, by rank, in every process."""
     things = [thing] * world()
     if world() > 1:
         dist.all_gather_object(things, thing)
