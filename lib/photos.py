@@ -1,4 +1,4 @@
-"""One way to read a picture; and albums, photos that belong to no dataset."""
+"""Reads image files, and finds the photos of albums, which belong to no dataset."""
 
 import csv
 import glob
@@ -15,10 +15,10 @@ from PIL import Image
 
 from lib.runs import BadInput, out_of_memory, replacing
 
-# Pillow's remark on images that it reads well.
+# Pillow warns of these images, but reads them correctly.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
-Image.MAX_IMAGE_PIXELS = 2**29  # it refuses twice as many, 4 GB; phones take 200 megapixels
-# All that Pillow can open, but for films and scientific containers that it only recognises.
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, 4 GB; phones take 200 megapixels
+# All that Pillow can open, except videos and scientific containers, which it only recognises.
 IMAGE_SUFFIXES = {
     suffix
     for suffix, kind in Image.registered_extensions().items()
@@ -27,14 +27,14 @@ IMAGE_SUFFIXES = {
 ORIENTATION = 0x0112  # in EXIF data
 _T = Image.Transpose
 TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}
-TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}  # its value: what sets it right
-remarks = {}  # {what was guessed or could not be used: the names of images}
+TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}  # {its value: what corrects it}
+remarks = {}  # {what was guessed or could not be used: the images' names}
 
 
 def open_photo(file, as_coop=False):
     """An image file as an RGB PIL image. Raises BadInput if its pixels cannot be read.
 
-    as_coop: as CoOp reads it; else as `upright_rgb` makes it.
+    as_coop: convert it as CoOp does; otherwise `upright_rgb` converts it.
     """
     error = None
     for source in (Path, _bare_png):
@@ -42,7 +42,7 @@ def open_photo(file, as_coop=False):
             with Image.open(source(file)) as image:
                 image.filename = str(file)
                 return image.convert("RGB") if as_coop else upright_rgb(image)
-        except Exception as caught:  # on damaged bytes Pillow may stumble in any way
+        except Exception as caught:  # Pillow may raise anything on damaged bytes
             if out_of_memory(caught):
                 raise
             error = error or caught
@@ -50,8 +50,8 @@ def open_photo(file, as_coop=False):
 
 
 def _bare_png(file):
-    """A PNG file with its pixels and orientation alone: Pillow gives up at other chunks that are
-    damaged or very long, as texts and colour profiles are."""
+    """A PNG file reduced to its pixels and orientation: Pillow fails if other chunks, such as texts
+    and colour profiles, are damaged or very long."""
     content = Path(file).read_bytes()
     if content[:4] != b"\x89PNG":
         raise ValueError("not a PNG file")
@@ -59,7 +59,7 @@ def _bare_png(file):
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, kind, data, checksum
         kind, chunk = content[at + 4 : at + 8], content[at:end]
-        if kind[:1].isupper():  # PNG's way to say that nobody can do without it
+        if kind[:1].isupper():  # PNG marks chunks that no reader may skip this way
             kept.append(chunk)
         elif kind == b"eXIf":
             kept += [chunk[:-4], zlib.crc32(chunk[4:-4]).to_bytes(4, "big")]
@@ -68,18 +68,18 @@ def _bare_png(file):
 
 
 def upright_rgb(image):
-    """A PIL image turned as its EXIF data says, in RGB. More than 8 bits per pixel are scaled down
-    instead of cut off: 16-bit grey to its upper half, or 12 bits in 16 to theirs, other numbers by
-    their own range; what is not a number, or stands for a missing one, becomes black."""
-    image.load()  # turns a TIFF
+    """A PIL image in RGB, rotated as its EXIF data says. Pixels of more than 8 bits are scaled down
+    instead of cut off: 16-bit grey by its full range, 12 bits stored in 16 by theirs, other types
+    by the range of the image's values. NaN, infinities and missing pixels become black."""
+    image.load()  # rotates a TIFF
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # not `ImageOps.exif_transpose`: what else EXIF holds is of no concern
+    except Exception:  # not `ImageOps.exif_transpose`, which also reads other EXIF data
         turn = None
         _remark(image, "photos not turned, as their EXIF data is damaged")
     if turn is not None and image.format != "TIFF":
         image = image.transpose(turn)
-        image.info = {}  # or it would be turned again
+        image.info = {}  # or it would be rotated again
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
         known = np.isfinite(pixels) & (abs(pixels) < 1e30) & ~np.isin(pixels, _no_data(image))
@@ -98,7 +98,7 @@ def upright_rgb(image):
 
 
 def _no_data(image):
-    """The numbers that stand for a missing pixel: those in common use, and GDAL's tag of a TIFF."""
+    """The values that mark a missing pixel: common ones, and the one in a TIFF's GDAL tag."""
     tag = str(getattr(image, "tag_v2", {}).get(42113, "")).strip(" \0")
     return [-9999, -32768, *([float(tag)] if re.fullmatch(r"[-+.\de]+", tag) else [])]
 
@@ -109,7 +109,7 @@ def _remark(image, what):
 
 
 def say_remarks():
-    """Prints what was guessed of the images read since the last time, or could not be used."""
+    """Prints what was guessed or could not be used in the images read since the last call."""
     for what, names in remarks.items():
         print(f"{what}: {len(names)}, first {next(iter(names))}", file=sys.stderr)
     remarks.clear()
@@ -125,7 +125,7 @@ def is_image(path):
 
 def files_below(folder, above=()):
     """Yields the paths of all files below a folder, relative to it and in sorted order, without
-    hidden ones. Links to folders are followed; one that leads back is a file, like a dead one."""
+    hidden ones. Links to folders are followed; circular ones count as files, like dead links."""
     above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name[0] == ".":
@@ -141,8 +141,8 @@ def files_below(folder, above=()):
 
 
 def find_photos(paths):
-    """The files that paths, folders (with all images below them) and patterns name, each once. What
-    is left out of the folders is named on standard error. Raises BadInput for a path that names no
+    """The files that paths, folders (with all images below them) and patterns name, each once.
+    Other files in the folders are named on standard error. Raises BadInput for a path that names no
     image."""
     found, left_out = [], []
     for path in paths:
@@ -164,8 +164,8 @@ def find_photos(paths):
 
 
 def check_output(file, run_folder):
-    """Raises BadInput for an output file that would lie in the run's folder or in no folder, or
-    would replace something else than an earlier output."""
+    """Raises BadInput for an output file in the run's folder or in a folder that cannot be written,
+    and for one that would replace anything but an earlier output."""
     if file.resolve().is_relative_to(Path(run_folder).resolve()):
         raise BadInput(f"{file} would lie in the run's own folder: name another place")
     if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
@@ -177,8 +177,8 @@ def check_output(file, run_folder):
 
 
 def write_csv(file, rows, templates):
-    """One line per image: its path, its class if that is known, its best classes with their
-    probabilities, every prompt's weight.
+    """Writes one line per image: its path, its class if known, its best classes with their
+    probabilities, and the weight of every prompt.
 
     rows: (path, class or "", [(class name, probability), ...], weights) of each image.
     """

@@ -1,4 +1,4 @@
-"""Reads the layouts in which datasets lie on disk, as plain lists.
+"""Reads the datasets' layouts on disk into plain lists.
 
 Every reader returns (class names by label, {"train" | "val" | "test": [(path, label), ...]}) with
 paths below the dataset's folder and labels counting from 0.
@@ -18,7 +18,7 @@ OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testin
 def read_split_file(file, images):
     """The field's `split_zhou_*.json`: train, val and test lists of [path, label, class name].
 
-    images: the folder that the file's paths are below. Raises BadInput if it is no such file.
+    images: the folder that contains the file's paths. Raises BadInput if it is not a split file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def read_split_file(file, images):
 
 
 def read_aircraft(folder, images):
-    """FGVC Aircraft's official lists: variants.txt has the class names in the labels' order."""
+    """FGVC Aircraft's official lists: variants.txt has the class names in the order of labels."""
     class_names = read_lines(folder / "variants.txt")
     labels = {name: label for label, name in enumerate(class_names)}
     lists = {}
@@ -57,8 +57,8 @@ def read_imagenet(folder, images, layout, class_names_file):
     """ImageNet and its variants: one folder per class.
 
     layout: `imagenet`, with train/<synset> and val/<synset> below `images`, where val is the test
-    set; `synsets`, a test set alone; or `numbers`, a test set whose folder i is line i of
-    class_names_file, a file with lines of "synset name".
+    set; `synsets`, only a test set; or `numbers`, only a test set, where folder i belongs to line i
+    of class_names_file. That file has lines of "synset name".
     Raises BadInput for a class folder without a name.
     """
     names = read_class_names(class_names_file)
@@ -75,13 +75,13 @@ def read_imagenet(folder, images, layout, class_names_file):
     class_names = names_of(classes, names, class_names_file)
     lists = {"train": [], "val": [], "test": image_files(folder, test, classes)}
     if layout == "imagenet":
-        # CoOp takes the file names of a class in the disk's order; sorted, the samples are ours.
+        # CoOp lists the files of a class in disk order. These are sorted, so the samples differ.
         lists["train"] = image_files(folder, f"{images}/train", classes)
     return class_names, lists
 
 
 def read_class_names(file):
-    """{folder: class name} of a file with lines of "folder name"."""
+    """{folder: class name} from a file with lines of "folder name"."""
     return dict(" ".join(line.split()).partition(" ")[::2] for line in read_lines(file))
 
 
@@ -95,8 +95,8 @@ def names_of(classes, names, file):
 
 
 def part_folders(folder):
-    """{"train" | "val" | "test": the name of its folder} in a folder of one's own. Empty if there
-    are none, or if they are classes: if they hold images themselves, and no folders."""
+    """{"train" | "val" | "test": the name of its folder} in your own folder. Empty if there are
+    none, or if all of them are classes: folders that hold images and no folders."""
     found = {}
     for name in class_folders(folder):
         part = OTHER_NAMES.get(name.lower(), name.lower())
@@ -112,7 +112,7 @@ def part_folders(folder):
 
 
 def class_folders(folder):
-    """The names of the folders below `folder`, sorted, without those that start with . or _"""
+    """The names of the folders in `folder`, sorted, without those that start with . or _"""
     if not folder.is_dir():
         return []
     return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")

@@ -1,4 +1,4 @@
-"""Numbers, tables and pictures: of a model's predictions, and of runs by their `result.json`."""
+"""Numbers, tables and pictures, from a model's predictions and from the `result.json` of runs."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 from lib.catalogue import row_of
 from lib.runs import BadInput, replacing, run_label
 
-UNTRAINED = "zeroshot", "ensemble"  # every run brings their accuracies along
+UNTRAINED = "zeroshot", "ensemble"  # every run also reports their accuracies
 MOST_ROWS = 40  # of a heat map
 LINES = [(m, line) for line in ("-", "--", ":") for m in "osv^Dx"]  # distinct without colour
 GREY_LINES = {"zero-shot": ":", "ensemble": "--"}
@@ -36,8 +36,8 @@ def per_class_accuracy(predictions, labels, class_names):
 
 
 def confusion(predictions, labels, class_names):
-    """{class name: {predicted class name: number of images}}, without zeros; as `result.json` has
-    names, two classes of one name share a row."""
+    """{class name: {predicted class name: number of images}}, without zeros. Classes
+    are keyed by name, as in `result.json`, so two classes of one name share a row."""
     counts = {name: {} for name in class_names}
     for label, answer in zip(labels.tolist(), predictions.tolist()):
         row, column = counts[class_names[label]], class_names[answer]
@@ -46,20 +46,20 @@ def confusion(predictions, labels, class_names):
 
 
 def macro_f1(predictions, labels, n_classes):
-    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), in percent: a class that is guessed
-    too often counts against it, which accuracy per class does not show."""
+    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), in percent. Predicting a class too
+    often lowers it, which accuracy per class does not show."""
     right = labels[predictions == labels].bincount(minlength=n_classes)
     all_of = labels.bincount(minlength=n_classes) + predictions.bincount(minlength=n_classes)
     return round(100 * (2 * right / all_of.clamp(min=1)).mean().item(), 2)
 
 
 def prompt_usage(weights, templates):
-    """{template: its prompt's share of the router's weight}, of weights (N, G); sums to 1."""
+    """{template: its prompt's share of the router's weight}, from weights (N, G); sums to 1."""
     return {t: round(share, 4) for t, share in zip(templates, weights.mean(dim=0).tolist())}
 
 
 def usage_by_kind(weights, kinds, names):
-    """The mean weight of every prompt over each kind of image, as it goes to `result.json`.
+    """The mean weight of every prompt for each kind of image, as stored in `result.json`.
 
     weights: (N, G). kinds: the kind of each image, an index into names.
     Returns {"rows": names, "share": G numbers that sum to 1, per row}.
@@ -70,7 +70,7 @@ def usage_by_kind(weights, kinds, names):
 
 
 def harmonic_mean(base, new):
-    """The field's H of base and new accuracy."""
+    """H, the harmonic mean of base and new accuracy."""
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
@@ -99,8 +99,8 @@ def announce(config, split, model):
 
 
 def evaluate_model(model, config, changed, split, classes, features):
-    """A model on the test images of a split: (what `result.json` says of it, class logits (N, C),
-    prompt weights (N, G)). changed: settings that differ from their defaults. features: (N, D)."""
+    """Evaluates a model on the test images of a split: (the part for `result.json`, class logits
+    (N, C), prompt weights (N, G)). changed: the settings other than default. features: (N, D)."""
     logits, weights = model.logits(features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
     labels = split.labels(split.test)
@@ -129,7 +129,7 @@ def evaluate_model(model, config, changed, split, classes, features):
 
 
 def accuracy_on(model, split, items, features):
-    """Top-1 accuracy in percent of a model on items of a split; None for none. features: (N, D)."""
+    """Top-1 accuracy in percent of a model on items of a split; None if empty. features: (N, D)."""
     if not items:
         return None
     logits, _ = model.logits(features, split.class_names)
@@ -152,15 +152,15 @@ class Line(NamedTuple):
 def accuracies(runs):
     """{Line: {column: {seed: accuracy}}}, in percent. runs: from `lib.runs.find_runs`.
 
-    Runs that differ in the seed alone share a row, and so does CLIP as it is. Columns: `accuracy`,
-    on the run's own task; `new`, a base run evaluated on the new classes; and any other dataset
-    that the runs were evaluated on.
+    Runs that differ only in the seed share a row; CLIP as it is has a row per task. Columns:
+    `accuracy`, on the run's own task; `new`, a base run evaluated on the new classes; and any other
+    dataset that the runs were evaluated on.
     """
     rows = defaultdict(lambda: defaultdict(dict))
     for result, evaluations in runs:
         config, changed = result["config"], result["changed_flags"]
-        task = config["dataset"], result["classes"], result["clip"]  # a folder has its full path
-        # The ensemble depends on the templates alone, however they are grouped.
+        task = config["dataset"], result["classes"], result["clip"]  # a folder by its full path
+        # The ensemble depends only on the templates, not on how they are grouped.
         templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
         lines = {
             "zero_shot_accuracy": Line(*task, 0, "zero-shot"),
@@ -181,7 +181,7 @@ def accuracies(runs):
 
 def mean_h(columns):
     """H of the mean base and the mean new accuracy of base runs, over the seeds that have both, and
-    the standard deviation of each seed's own H. None without such seeds."""
+    the standard deviation of H over these seeds. None without such seeds."""
     seeds = columns["accuracy"].keys() & columns.get("new", {}).keys()
     if not seeds:
         return None
@@ -190,7 +190,7 @@ def mean_h(columns):
 
 
 def cell(values, sign=""):
-    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" shows a plus, too."""
+    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" also shows plus signs."""
     if not values:
         return "–"
     mean, std = mean_std(values.values())
@@ -199,7 +199,7 @@ def cell(values, sign=""):
 
 
 def runs_table(runs):
-    """All runs in Markdown. runs: from `lib.runs.find_runs`."""
+    """All runs as a Markdown table. runs: from `lib.runs.find_runs`."""
     rows = accuracies(runs)
     targets = sorted({c for row in rows.values() for c in row} - {"accuracy", "new"})
     columns = ["dataset", "classes", "CLIP", "method", "shots", "seeds", "accuracy", "new", "H"]
@@ -216,7 +216,7 @@ def runs_table(runs):
 
 
 def markdown(lines):
-    """Rows of cells, the heading first, as a table in Markdown."""
+    """Rows of cells, the heading first, as a Markdown table."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -226,14 +226,14 @@ def markdown(lines):
 
 @contextlib.contextmanager
 def matplotlib_defaults():
-    """matplotlib's own settings, whatever a `matplotlibrc` says. Raises BadInput for all that goes
-    wrong in the block."""
+    """Uses matplotlib's default settings, ignoring any `matplotlibrc`. Raises BadInput for every
+    error in the block."""
     try:
-        import matplotlib  # here: training does not wait for it
+        import matplotlib  # here, so that training does not wait for it
 
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
-            matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a dollar
+            matplotlib.rcParams["text.parse_math"] = False  # a class name may contain a dollar
             yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -242,7 +242,7 @@ def matplotlib_defaults():
 
 @contextlib.contextmanager
 def for_show(what):
-    """In this block, or in a function decorated with it, bad input is a line and no more."""
+    """In this block, or in a function decorated with it, bad input only prints a line."""
     try:
         yield
     except BadInput as error:
@@ -250,11 +250,11 @@ def for_show(what):
 
 
 def new_figure(width, height, down=1, across=1, sharey=False):
-    """A figure in inches, and its axes (down, across). It is drawn without pyplot, so that it needs
-    neither a display nor a choice of backend."""
+    """A figure, sized in inches, and its axes (down, across). Without pyplot, it needs neither a
+    display nor a choice of backend."""
     from matplotlib.figure import Figure
 
-    warnings.filterwarnings("ignore", "Glyph")  # nor has the font every script
+    warnings.filterwarnings("ignore", "Glyph")  # the font lacks some scripts
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(down, across, sharey=sharey, squeeze=False)
 
@@ -267,13 +267,13 @@ def save_figure(figure, path, dpi=120):
 @for_show("the router's picture")
 @matplotlib_defaults()
 def router_picture(result, path):
-    """The router's table of a `result.json` as a heat map."""
+    """Draws the router's table of a `result.json` as a heat map."""
     save_figure(router_figure([result], f"{result['dataset']}, {result['classes']} classes"), path)
 
 
 def router_figure(results, title):
-    """Shares of the router's weight, kinds of images x prompts, with their numbers: the mean over
-    runs. Of many classes it shows those whose prompts differ most from the average."""
+    """A heat map, with numbers, of the shares of the router's weight, kinds of images x prompts,
+    averaged over runs. Of many classes, those whose prompts are most unlike the average."""
     share = np.mean([result["router"]["share"] for result in results], axis=0)
     rows = [name[:60] for name in results[0]["router"]["rows"]]
     columns = [name[:60] for name in results[0]["prompt_usage"]]
@@ -309,9 +309,9 @@ def samples_picture(images, titles, path):
 
 @matplotlib_defaults()
 def draw_pictures(runs, folder):
-    """Draws `few_shot.png`, `router.png`, `usage.png` and `ablation.png` into the folder, as far as
-    there are runs for them. Names start with the dataset's if there are several; those of router
-    and usage end in the method's if it is not mocoop.
+    """Draws `few_shot.png`, `router.png`, `usage.png` and `ablation.png` into the folder, if there
+    are runs for them. File names start with the dataset if there are several; those of router and
+    usage end in the method if it is not mocoop.
 
     runs: from `lib.runs.find_runs`. Returns the files' names.
     """
@@ -376,7 +376,7 @@ def few_shot_figure(runs):
 
 
 def usage_figure(results, title):
-    """The share of each prompt in training, epoch by epoch, the mean over seeds."""
+    """The share of each prompt in every epoch of training, averaged over seeds."""
     share = np.mean([r["prompt_usage_by_epoch"] for r in results], axis=0)  # (epochs, G)
     figure, [[axes]] = new_figure(7.5, 4.6)
     epochs = range(1, len(share) + 1)
@@ -391,8 +391,8 @@ def usage_figure(results, title):
 
 
 def ablation_figure(runs):
-    """MoCoOp, MoCoOp with other settings, and other mixtures as they are, at the most shots there
-    are: accuracy on all classes, and H from base to new where it was measured."""
+    """MoCoOp, MoCoOp with changed settings, and other mixtures by default, at the largest number of
+    shots: accuracy on all classes, and H from base to new where it was measured."""
     ours = [
         run for run in runs if run[0]["method"] == "mocoop" and "lr" not in run[0]["changed_flags"]
     ]

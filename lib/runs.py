@@ -1,8 +1,8 @@
-"""A run from outside: its folder, its result, going on after a stop, and what bad input gets.
+"""A run's folder and result, how it resumes after a stop, and how bad input is reported.
 
 A run's folder holds `checkpoint.pt`, `result.json` and `router.png`; while it runs, `resume.pt`
-with all that is needed to continue. Every file is written under a temporary name of its own and
-renamed when it is whole, so that nobody ever meets half of one.
+with all that is needed to continue. Every file is written under its own temporary name and renamed
+when it is complete, so that no reader ever sees a partial file.
 """
 
 import argparse
@@ -26,25 +26,25 @@ import torch
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, and the way out."""
+    """The user's input cannot be used. The message is one line: the problem, and what to do."""
 
 
 def exit_on_bad_input(main, *kinds):
-    """Runs a command line: bad input ends it with one line and exit status 2, without a traceback.
+    """Runs a command line. Bad input prints one line and exits with status 2, without a traceback.
 
-    kinds: exceptions that mean bad input, beside BadInput and those of the operating system (no
-    permission, a full disk, a name too long).
+    kinds: exceptions that count as bad input, besides BadInput and those of the operating system
+    (no permission, a full disk, a name that is too long).
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, and progress bars do write there
+        if getattr(sys, name) is None:  # closed, but progress bars write there
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal cannot show all file names
+        if hasattr(getattr(sys, name), "reconfigure"):  # a terminal may not show all names
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib stumbles if it is not installed
+    os.environ.pop("MPLBACKEND", None)  # from a notebook: matplotlib fails if it is missing
     try:
         with doing("computing", "try another --device"):
             main()
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (BadInput, OSError, *kinds) as error:
@@ -57,7 +57,7 @@ def exit_on_bad_input(main, *kinds):
 
 @contextlib.contextmanager
 def doing(what, way_out):
-    """Memory that runs out in this block, or in a function decorated with it, is bad input."""
+    """Running out of memory in this block, or in a function decorated with it, is bad input."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -67,14 +67,14 @@ def doing(what, way_out):
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory has run out, a GPU's or the computer's: torch has a
-    kind for one case, and words for the others."""
+    """Whether an exception means that the memory of a GPU or the computer has run out. torch has an
+    exception class for one case; the others only show in the message."""
     words = "out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED"
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def finite(x, what):
-    """The tensor x. Raises BadInput unless it is finite and more than zeros."""
+    """Returns the tensor x. Raises BadInput unless it is finite and not all zeros."""
     if not (x.isfinite().all() and x.any()):
         raise BadInput(f"{what} should be finite and not 0: are the weights damaged?")
     return x
@@ -88,17 +88,17 @@ def nearest(word, words):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are numbers or words; the help says what happens without others."""
+    """Shows all defaults but None; for these, the help text says what happens."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are bad input like any other."""
+    """A parser that raises BadInput for mistakes in a command line."""
 
     def __init__(self, description, **options):
-        """description: a docstring, whose first line is shown; None where Python drops them."""
+        """description: a docstring; its first line is shown. None if Python drops docstrings."""
         first_line = (description or "").split("\n")[0]
         super().__init__(
             description=first_line, formatter_class=HelpFormatter, allow_abbrev=False, **options
@@ -113,11 +113,11 @@ def at_least(kind, least):
 
     def parse(text):
         value = kind(text)
-        if not least <= value < 2**31:  # not a number fails, too
+        if not least <= value < 2**31:  # NaN fails, too
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it when `kind` refuses the text
+    parse.__name__ = kind.__name__  # argparse shows it if `kind` rejects the text
     return parse
 
 
@@ -126,12 +126,12 @@ def at_least(kind, least):
 
 @contextlib.contextmanager
 def writable_folder(folder, way_out=""):
-    """A folder that exists and can be written in. If it was made for this block and is still empty
-    at its end, it is removed. Raises BadInput if that cannot be."""
+    """Makes sure that a folder exists and can be written in. If it was made for this block and is
+    still empty at the end, it is removed. Raises BadInput if it cannot be written in."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not show it
             pass
     except OSError as error:
         raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error
@@ -145,10 +145,10 @@ def writable_folder(folder, way_out=""):
 
 @contextlib.contextmanager
 def replacing(path, way_out=""):
-    """A temporary path beside `path` to write to, renamed to it when the block ends well. Readers
-    find the old file or the new one. If the block raises, nothing is left behind.
+    """Yields a temporary path beside `path`, renamed to `path` if the block succeeds. Readers find
+    the old file or the new one. If the block raises, nothing is left behind.
 
-    Raises BadInput for a full disk. way_out: other than making room there.
+    Raises BadInput for a full disk. way_out: what to do besides making room there.
     """
     path = Path(path)
     scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
@@ -176,7 +176,7 @@ def save_torch(content, path):
 
 
 def torch_bytes(content):
-    """What `torch.save` writes; of a full disk it would only say that a file ends too early."""
+    """What `torch.save` writes. On a full disk, it would only report that a file ends too early."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -193,7 +193,7 @@ def read_torch_file(path, what):
     with open(path, "rb") as file:  # one that cannot be opened raises its own OSError
         try:
             with ZipFile(file) as archive:
-                if archive.testzip() is None:  # torch does not look at the checksums
+                if archive.testzip() is None:  # torch does not verify the checksums
                     content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes may raise anything
             if out_of_memory(error):
@@ -217,8 +217,8 @@ def read_lines(file):
 
 
 def full_path(value, but=()):
-    """The full path of a file, so that it is found from any folder; other values, and words that
-    mean something else, as they are."""
+    """The full path if `value` is a file, so that it is found from any folder. Other values, and
+    the words in `but`, are returned unchanged."""
     is_file = value and value not in but and Path(value).is_file()
     return str(Path(value).resolve()) if is_file else value
 
@@ -232,9 +232,9 @@ def changed_settings(config, defaults):
 
 
 def run_label(method, changed):
-    """A method's name with every setting that was changed: `mocoop-top_k1`."""
+    """A method's name with every changed setting: `mocoop-top_k1`."""
 
-    def slug(value):  # of a file, which has its full path, its name
+    def slug(value):  # a file has its full path: only its name is used
         path = Path(str(value))
         return re.sub(r"[^\w.]+", "-", path.stem if path.is_absolute() else str(value))
 
@@ -242,9 +242,9 @@ def run_label(method, changed):
 
 
 def run_folder(config, label):
-    """The folder of a run: --out, or one named after what the run is. Raises BadInput for a name
-    that is too long, and for a folder inside the dataset itself."""
-    dataset = Path(config["dataset"])  # absolute for a folder of one's own
+    """The folder of a run: --out, or one named after its settings. Raises BadInput for a name that
+    is too long, and for a folder inside the dataset itself."""
+    dataset = Path(config["dataset"])  # absolute for your own folder
     name = f"{label}_{config['shots']}shot_{config['classes']}_seed{config['seed']}"
     folder = Path(config["out"] or Path("out", dataset.name, name))
     if not config["out"] and len(os.fsencode(name)) > 200:
@@ -255,17 +255,17 @@ def run_folder(config, label):
 
 
 def open_run(folder, config, resume, defaults, ignored):
-    """The state that a run in `folder` left behind to continue from, or None for a fresh start.
+    """The saved state to continue the run in `folder` from, or None for a fresh start.
 
-    config: the settings of this run. defaults: of settings that a run in the folder may be too old
-    to know. ignored: settings that may differ.
+    config: the settings of this run. defaults: for settings that are newer than the run in the
+    folder. ignored: settings that may differ.
     Raises BadInput if the folder holds the run of another configuration or other files; exits with
-    status 0 if `resume` is asked of a run that is finished.
+    status 0 if `resume` is given for a run that is finished.
     """
     files = [f.name for f in folder.iterdir()] if folder.exists() else []
     begun, stopped = "result.json" in files, "resume.pt" in files
     foreign = [name for name in files if not name.endswith(".tmp")]
-    if foreign and not (begun or stopped):  # beside a run's files, others are left as they are
+    if foreign and not (begun or stopped):  # next to a run, other files are left alone
         raise BadInput(
             f"{folder} is not empty and holds no run ({foreign[0]}): choose another --out"
         )
@@ -307,7 +307,7 @@ STATE = {  # what a resume.pt holds
 
 
 def save_state(folder, config, made_of, state):
-    """Saves in a run's folder what its training needs to continue."""
+    """Saves `resume.pt` in a run's folder: all that its training needs to continue."""
     save_torch({"config": config, "made_of": made_of, **state}, folder / "resume.pt")
 
 
@@ -323,8 +323,8 @@ def _read_state(file):
 
 
 def check_made_of(folder, state, parts):
-    """A hash of what a run is made of beyond its settings. Raises BadInput if the run to continue,
-    whose state it is, was made of something else. parts: anything that JSON takes."""
+    """A hash of a run's inputs beyond its settings. Raises BadInput if `state`, of the run to
+    continue, has another hash. parts: anything that JSON can encode."""
     made_of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if state and state["made_of"] != made_of:
         raise BadInput(
@@ -338,19 +338,19 @@ def check_made_of(folder, state, parts):
 
 
 def publish(folder, checkpoint, result, defaults, ignored):
-    """Puts the files of a finished run in `folder`, in place of an earlier run's, and says what
-    came out.
+    """Writes the files of a finished run to `folder`, in place of an earlier run's, and prints the
+    result.
 
-    Nothing of an earlier run goes before everything of this one is on disk. `resume.pt` goes last:
-    a run killed in between can still be resumed. defaults, ignored: as in `open_run`, whose check
-    is repeated, as another process may have finished in this folder meanwhile.
+    Nothing of an earlier run is removed before all of this one is on disk. `resume.pt` is removed
+    last, so a run killed in between can still be resumed. defaults, ignored: as in `open_run`. Its
+    check is repeated, because another process may have finished in this folder meanwhile.
     """
     if (folder / "result.json").is_file():
         its_config = read_result(folder / "result.json")["config"]
         check_same_run(folder, its_config, result["config"], defaults, ignored)
     with replacing(folder / "checkpoint.pt", ANOTHER_OUT) as new_checkpoint:
         new_checkpoint.write_bytes(torch_bytes(checkpoint))
-        with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before it
+        with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before this
             new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             for name in (
                 "checkpoint.pt",
@@ -360,7 +360,7 @@ def publish(folder, checkpoint, result, defaults, ignored):
                 "samples_*.png",
                 "why.json",
             ):
-                for stale in folder.glob(name):  # of the run that stood here before
+                for stale in folder.glob(name):  # from an earlier run
                     if not stale.is_dir():
                         stale.unlink(missing_ok=True)
     (folder / "resume.pt").unlink(missing_ok=True)
@@ -370,7 +370,7 @@ def publish(folder, checkpoint, result, defaults, ignored):
     )
 
 
-RESULT = {  # what tables and pictures need of a result.json
+RESULT = {  # what tables and pictures need from a result.json
     *("dataset", "classes", "method", "label", "changed_flags", "clip", "n_prompts", "n_train"),
     *("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "prompt_usage", "router", "config"),
 }
@@ -390,8 +390,8 @@ def read_result(path):
 
 
 def find_runs(folder):
-    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries. Files of
-    these names that are something else are left out, and named on standard error."""
+    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries. Other
+    files of these names are left out, and named on standard error."""
 
     def read(files):
         for file in sorted(files):
