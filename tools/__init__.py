@@ -1,1 +1,1 @@
-"""What is run beside the scripts: `python -m tools.NAME`. Only tests import it."""
+"""Programs besides the scripts, run by `python -m tools.NAME`. Only tests import them."""

@@ -4,10 +4,10 @@
     python -m tools.bench eurosat --repeats 9    # one of them
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m tools.bench ucf101     # our step, split
 
-The first four tables compare ways to take the same step, each with one more idea than the last.
+The first four tables compare ways to compute the same step, each with one more idea than the last.
 They run in one process, in turn, so that a busy machine slows all of them alike; times are
 medians. Memory is what a step adds to the loaded model, in a fresh process per row. Except for
-`shapes`, CLIP is a ViT-B/16 of random weights, as speed does not depend on them.
+`shapes`, CLIP is a ViT-B/16 with random weights, because speed does not depend on them.
 """
 
 import collections
@@ -40,12 +40,12 @@ from prompts import EOT, SoftPrompts, TextEncoder, hard_text
 from train import MoCoOp, compute_losses, default_config
 
 BATCH = 32
-LAUNCH = 6e-6  # seconds that a GPU needs at least from one kernel to the next
+LAUNCH = 6e-6  # minimum seconds from one kernel to the next on a GPU
 RATE = 300e12  # operations per second in half precision, well below a data-centre GPU's
 EUROSAT = """Annual Crop Land,Forest,Herbaceous Vegetation Land,Highway or Road,
     Industrial Buildings,Pasture Land,Permanent Crop Land,Residential Buildings,River,Sea or Lake"""
 NAME_LENGTHS = [1] * 18 + [2] * 58 + [3] * 23 + [4, 5]  # in tokens, of UCF101's 101 names
-VITS = {  # width, layers, size of a patch, images at a time
+VITS = {  # width, layers, patch size, images at a time
     "ViT-B/32": (768, 12, 32, 32),
     "ViT-B/16": (768, 12, 16, 32),
     "ViT-L/14": (1024, 24, 14, 8),
@@ -55,7 +55,7 @@ VITS = {  # width, layers, size of a patch, images at a time
 
 
 class AllPositions(TextEncoder):
-    """`clip`'s own way, which reads all 77 positions, also those after EOT."""
+    """`clip`'s own way, which computes all 77 positions, including those after EOT."""
 
     def __init__(self, clip_model, sentences):
         super().__init__(clip_model, sentences)
@@ -73,7 +73,7 @@ def blocks_with_quick_gelu(transformer, dtype):
 
 
 class EachNodeOnce(FastTextEncoder):
-    """Ours, but for QuickGELU."""
+    """Our encoder, but with `clip`'s QuickGELU."""
 
     def __call__(self, vectors=None):
         with mock.patch.object(fast_text, "blocks_of", blocks_with_quick_gelu):
@@ -81,7 +81,7 @@ class EachNodeOnce(FastTextEncoder):
 
 
 class SharedBeginnings(EachNodeOnce):
-    """Computes every node of every row: also those that stand in several rows, and padding."""
+    """Computes every node of every row, including padding and nodes that are in several rows."""
 
     def __init__(self, clip_model, sentences):
         super().__init__(clip_model, sentences)
@@ -101,7 +101,7 @@ def whole_rows(piece):
 
 
 class OneKernel(SharedBeginnings):
-    """A tree, and so a row, for every sentence: nothing is shared."""
+    """One tree, and so one row, per sentence: nothing is shared."""
 
     def __init__(self, clip_model, sentences):
         super().__init__(clip_model, [[ids] for prompt in sentences for ids in prompt])
@@ -150,7 +150,7 @@ def clip_of(size, device):
 
 
 class Step:
-    """One step of training, taken by calling it."""
+    """One training step, computed by calling it."""
 
     def __init__(self, name, size, clip_model, names):
         torch.manual_seed(0)
@@ -173,7 +173,7 @@ class Step:
         self.hard = hard_text(F.normalize(hard, dim=-1), [group[:1] for group in groups])
 
     def __call__(self):
-        text_features = None  # the fast encoders have half precision of their own
+        text_features = None  # the fast encoders handle half precision themselves
         f, dtype = self.image_features, parallel.mixed_dtype(self.device)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             if self.live:
@@ -207,8 +207,8 @@ def seconds(action):
 
 
 class Operations(TorchDispatchMode):
-    """Counts tensor operations, and the matrix products of the linear layers by their shapes and
-    type: {(M, K, N, dtype): how many}."""
+    """Counts tensor operations, and the matrix products of the linear layers by shape and dtype:
+    {(M, K, N, dtype): count}."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ class Operations(TorchDispatchMode):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             a, b = args[-2:]
             self.products[(*a.shape, b.shape[1], a.dtype)] += 1
-        # Whatever computes something is a kernel to be launched on a GPU; some are two.
+        # Each operation that computes something launches a kernel on a GPU; some launch two.
         free = "empty", "empty_like", "_unsafe_view", "empty_strided", "new_empty"
         self.launches += not func.is_view and func.overloadpacket.__name__ not in free
         return func(*args, **(kwargs or {}))
@@ -235,7 +235,7 @@ def operations_of(step):
 
 
 def products_alone(products, device):
-    """Something to call that computes these matrix products and nothing else."""
+    """A function that computes these matrix products and nothing else."""
     pairs = []
     for (m, k, n, dtype), count in products.items():
         make = partial(torch.randn, device=device, dtype=dtype)
@@ -255,7 +255,7 @@ def in_fresh_process(function, *args):
 
 
 def memory(name, size, device):
-    """The bytes that a step adds to what the process has before, and all that it then has."""
+    """The bytes that a step adds to the process's memory, and the peak of the whole process."""
     step = Step(name, size, clip_of(size, device), class_names(size))
     blocks_of(step.clip_model.transformer, parallel.mixed_dtype(device))  # part of the model
     if device.type == "cuda":
@@ -264,7 +264,7 @@ def memory(name, size, device):
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         step()
         peak = _status("VmHWM")
@@ -280,7 +280,7 @@ def _status(field):
 
 
 def steps_table(size, repeats, device):
-    """Every way to take the step of one size. Under torchrun, ours alone."""
+    """Times every way to compute the step of one size; under torchrun, only ours."""
     alone = parallel.world() == 1
     rows = SIZES[size] if alone else OURS
     clip_model, names = clip_of(size, device), class_names(size)
@@ -290,7 +290,7 @@ def steps_table(size, repeats, device):
     times, plain_times = collections.defaultdict(list), collections.defaultdict(list)
     for _ in range(repeats):
         for row, step in steps.items():
-            if size != "imagenet":  # memory and caches are another row's by now
+            if size != "imagenet":  # memory and caches now hold another row's data
                 step()
             times[row].append(seconds(step))
             plain_times[row].append(seconds(products[row]))
@@ -310,7 +310,7 @@ def steps_table(size, repeats, device):
 
 
 def images_table(repeats, device):
-    """Ways to encode the same images, for the three ViTs of CLIP."""
+    """Times ways to encode the same images, for CLIP's three ViTs."""
     table = [["CLIP", "encoding", "images per second", "faster"]]
     for name, (width, layers, patch, n) in VITS.items():
         ways = image_encoders(width, layers, patch, n, device)
@@ -326,7 +326,7 @@ def images_table(repeats, device):
 
 
 def image_encoders(width, layers, patch, n, device):
-    """{name: a function that encodes n images of 224 pixels}, by a ViT of random weights."""
+    """{name: a function that encodes n images of 224 pixels}, for a ViT with random weights."""
     clip_model = CLIP(512, 224, layers, width, patch, 77, 10, 512, 8, 1).float()
     clip_model.requires_grad_(False).eval().to(device)
     images = torch.randn(n, 3, 224, 224, device=device)
@@ -355,15 +355,15 @@ def image_encoders(width, layers, patch, n, device):
 
 
 def launches_table():
-    """How many operations a step asks a GPU for, counted here, and an estimate of its time."""
+    """Counts the operations that a step would launch on a GPU, and estimates its time."""
     table = [["a step", "launches", "TFLOP", "ms, estimated"]]
     for size in ("eurosat", "imagenet"):
-        # In one piece the launches do not depend on the number of classes, and products are in
-        # proportion to the tokens: ten classes are enough.
+        # In a single batch, the launches do not depend on the number of classes, and the products
+        # are proportional to the tokens, so ten classes are enough.
         clip_model, names = clip_of(size, torch.device("cpu")), class_names(size)
         few, every = (Step(*OURS, size, clip_model, some) for some in (names[:10], names))
         with mock.patch.object(parallel, "mixed_dtype", lambda device: torch.bfloat16):
-            few()  # the first makes the blocks ready
+            few()  # the first call prepares the blocks
             counted = operations_of(few)
         flop = counted.flop() * every.n_tokens() / few.n_tokens()
         took = counted.launches * LAUNCH + flop / RATE

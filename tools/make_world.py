@@ -3,8 +3,8 @@
     python -m tools.make_world              # assets/tiny_clip.pt, 20 minutes on two cores
     python -m tools.make_world --sheet FILE # the picture alone
 
-The CLIP is `clip.model.CLIP` itself with CLIP's tokenizer, only small, and it is trained with
-CLIP's own loss. Its captions are the hand-written templates of the world's styles.
+The model is a small `clip.model.CLIP` with CLIP's tokenizer, trained with CLIP's own loss. Its
+captions are the hand-written templates of the world's styles.
 """
 
 import math
@@ -41,11 +41,11 @@ def _draw_class(name):
 
 
 def _captions():
-    """What may be said of an image: two tables {(class, style): rows of tokens}.
+    """The possible captions of an image: two tables {(class, style): rows of tokens}.
 
     The first has one sentence per caption. The second repeats it, so that the positions of longer
     prompts are trained, too. Tokens are numbered by their place in `token_ids`, the sorted list of
-    all that occur: the CLIP gets embeddings for those alone.
+    all that occur: the CLIP only has embeddings for these.
     Returns (tables, token_ids).
     """
     groups = dict(zip(STYLES, template_groups("shapes")))
@@ -75,7 +75,7 @@ def train_clip():
     tables, token_ids = _captions()
     length = tables[0][CLASSES[0], STYLES[0]].shape[1]
 
-    # 4 + 3 layers, 128 wide; 2 heads, as `clip` takes a text head to be 64 wide.
+    # 4 + 3 layers, 128 wide; 2 heads, because `clip` assumes that a text head is 64 wide.
     clip_model = CLIP(128, SIZE, 4, 128, 8, length, len(token_ids), 128, 2, 3).train()
     parameters = list(clip_model.parameters())
     optimiser = torch.optim.AdamW(
@@ -100,7 +100,7 @@ def train_clip():
         text = torch.stack([rng.choice(table[CLASSES[c], STYLES[s]]) for c, s, _ in picks])
         batch = images[tuple(torch.tensor(picks).T)].permute(0, 3, 1, 2)
         logits, _ = clip_model(as_clip_reads(list(batch), "cpu"), text)
-        # Two images may share one caption; then either is right.
+        # Two images may have the same caption; then either is right.
         same = (text[:, None] == text[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -124,7 +124,7 @@ def train_clip():
 
 
 def draw_sheet(path):
-    """The picture of docs/RESULTS.md: one row per style, the shifted test sets below."""
+    """Draws the picture of docs/RESULTS.md: one row per style, the shifted test sets below."""
     rows = [(None, style) for style in STYLES]
     rows += [("shapes", "photo"), ("shapes_cold", "photo"), ("shapes_v2", "photo")]
     rows += [("shapes_sketch", "dashed"), ("shapes_a", "photo")]

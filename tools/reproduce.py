@@ -1,16 +1,16 @@
 """Every number and picture of docs/RESULTS.md, and the same table for real datasets.
 
-    python -m tools.reproduce            # what docs/results.jsonl lacks; all takes two hours
+    python -m tools.reproduce            # runs that docs/results.jsonl lacks; all take two hours
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
-    python -m tools.reproduce --again    # a tenth of the runs once more: do they agree?
+    python -m tools.reproduce --again    # repeat a tenth of the runs: do they agree?
     python -m tools.reproduce --tasks eurosat dtd --data DATA    # base to new on real datasets
 
-Runs go to out/, and what is finished there is not run again. Hyper-parameters were chosen on
-validation images of `shapes`; no method was run on the other three tasks before all was settled.
+Runs go to out/, and those finished there are not repeated. Hyper-parameters were chosen on
+validation images of `shapes`; no method was run on the other three tasks before all were fixed.
 
-docs/results.jsonl has one run per line: what tables and pictures need of its `result.json`, its
-evaluations and its `why.json`. A table goes wherever README.md or docs/RESULTS.md has a place for
-it, between `<!-- name -->` and `<!-- end -->`. More runs go to `jobs`, more tables to `TABLES`.
+docs/results.jsonl has one run per line: what tables and pictures need from its `result.json`, its
+evaluations and its `why.json`. In README.md and docs/RESULTS.md, each table is written between
+`<!-- name -->` and `<!-- end -->`. Add further runs to `jobs`, further tables to `TABLES`.
 """
 
 import contextlib
@@ -53,15 +53,15 @@ NAMES = {
 LEARNED = list(NAMES)[2:]
 PROMPT_METHODS = [method for method in LEARNED if method not in train.PROBES]
 SHOTS = 1, 2, 4, 8, 16
-SEEDS = 1, 2, 3  # that every task has
+SEEDS = 1, 2, 3  # of every task
 SHAPES_SEEDS = 1, 2, 3, 4, 5
-APART = {"image_side", "text_names", "gate_target"}  # settings with a table of their own
+APART = {"image_side", "text_names", "gate_target"}  # settings with their own table
 SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
 
 N_TEST = {dataset: 120 * len(class_names(dataset)) for dataset in DATASETS}
 
-# LASP's schedule for each dataset, from the run logs of its authors' code (1adrianb/lasp); of
-# ImageNet there is none.
+# LASP's schedule for each dataset, from the run logs of its authors' code (1adrianb/lasp). There is
+# none for ImageNet.
 LONG = "--text-weight 10"  # 50 epochs, as by default
 SHORT = "--epochs 25 --warm-up 3 --text-weight 5"
 SCHEDULES = {
@@ -76,8 +76,8 @@ SCHEDULES = {
     "eurosat": "--epochs 300 --warm-up 7 --text-weight 5",
     "ucf101": LONG,
 }
-# What is reported of ViT-B/16 with 16 shots: (base, new). LASP per dataset is its authors' code
-# (README of 1adrianb/lasp at 5b1e8d9); averages are over eleven datasets, ImageNet among them, from
+# Reported accuracies of ViT-B/16 with 16 shots: (base, new). LASP per dataset is its authors' code
+# (README of 1adrianb/lasp at 5b1e8d9). Averages are over eleven datasets including ImageNet, from
 # the list zhengli97/Awesome-Prompt-Adapter-Learning-for-VLMs-CLIP, LASP's from the README of MMA.
 PAPERS = {
     ("caltech101", "lasp"): (98.45, 94.43),
@@ -140,7 +140,7 @@ def evaluations(result):
     """What to evaluate a run on: base runs on the new classes, others of `shapes` with 16 shots on
     the shifted sets."""
     if result["classes"] == "base":
-        if result["method"] in train.PROBES:  # they know no other classes
+        if result["method"] in train.PROBES:  # probes know no other classes
             return []
         return [{"classes": "new"}]
     if result["dataset"] == "shapes" and result["classes"] == "all" and result["shots"] == 16:
@@ -155,8 +155,8 @@ def is_taken_apart(result):
 
 
 def run_job(words, again=False):
-    """A run and its evaluations, as far as they do not exist yet: a line of results.jsonl.
-    again: from the start, in another folder."""
+    """Does a run and its evaluations, unless they exist. Returns its line of results.jsonl.
+    again: do it from the start, in another folder."""
     torch.set_num_threads(1)
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
@@ -202,7 +202,7 @@ def pick(dictionary, *keys):
 
 
 def run_all(todo, again=False):
-    """The lines of all runs, in their order."""
+    """Does all runs. Returns their lines, in order."""
     n_processes = 1 if torch.cuda.is_available() else n_threads()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
@@ -210,7 +210,7 @@ def run_all(todo, again=False):
 
 
 def key_of(result):
-    """What tells one run's result from another's: its folder below out/."""
+    """What identifies a run's result: its folder below out/."""
     task = f"{result['shots']}shot_{result['classes']}_seed{result['seed']}"
     return f"{result['dataset']}/{result['label']}_{task}"
 
@@ -220,7 +220,7 @@ def key_of_job(words):
 
 
 def run_missing(todo, known):
-    """The lines of all runs, in their order. known: lines that need not be made again."""
+    """Does the runs that are not known. Returns all lines, in order. known: the existing lines."""
     known = {key_of(line[0]): line for line in known}
     missing = [words for words in todo if key_of_job(words) not in known]
     known |= {key_of(line[0]): line for line in run_all(missing)}
@@ -228,7 +228,7 @@ def run_missing(todo, known):
 
 
 def run_again(todo, known):
-    """A tenth of the runs once more. Prints how they differ from the known lines. Raises BadInput
+    """Repeats a tenth of the runs and prints how they differ from the known lines. Raises BadInput
     for a difference of more than three test images."""
     known = {key_of(line[0]): line for line in known}
     tenth = random.Random(1).sample(todo, len(todo) // 10)
@@ -262,8 +262,8 @@ def real_jobs(tasks, methods, schedule, data, clip):
 
 
 def real_table(lines):
-    """Base to new per dataset, what LASP's authors report of their own code beside it, and the
-    averages over the datasets beside the papers' over eleven."""
+    """Base to new per dataset, beside what LASP's authors report for their own code, and averages
+    over the datasets, beside the papers' averages over eleven."""
     results, means = Results(lines), {}  # (task, method): (base, new), NaN where there is none
     for run, *_ in lines:
         labels = {"zero-shot": "zero-shot", "ensemble": "ensemble", run["method"]: run["label"]}
@@ -321,7 +321,7 @@ class Results:
         return found
 
     def over_tasks(self, label):
-        """The same, averaged over the tasks, of the seeds that every task has."""
+        """The same, averaged over the tasks, for the seeds that every task has."""
         return {
             m: {
                 seed: np.mean([of[task, seed] for task in TASKS])
@@ -333,7 +333,7 @@ class Results:
 
 
 def differences(one, other):
-    """{key: one - other} of the keys that both have."""
+    """{key: one - other} for the keys that both have."""
     return {key: value - other[key] for key, value in one.items() if key in other}
 
 
@@ -369,7 +369,7 @@ def shifted_table(results):
 
 
 def paired_table(results):
-    """MoCoOp less every other method, run by run: runs of one task and seed share their images."""
+    """MoCoOp minus each other method, run by run: runs of the same task and seed share images."""
     table = [["MoCoOp less", "all", "base", "new", "H", "better: all", "better: H"]]
     ours = results.of_all_tasks("mocoop")
     for method in list(NAMES)[:-1]:
@@ -383,7 +383,7 @@ def paired_table(results):
 
 
 def ablation_table(results):
-    """Each changed setting less the published one, seed by seed, sorted by the effect on all."""
+    """The effect of each changed setting, seed by seed, sorted by the effect on all classes."""
     targets = "shapes_sketch", "shapes_r"
 
     def measures(label):
@@ -408,7 +408,7 @@ def ablation_table(results):
 
 
 def command_line(settings):
-    """Settings as they are given to train.py."""
+    """Settings as they are passed to train.py."""
     words = []
     for name, value in settings.items():
         words.append(train.dashed(name))
@@ -418,8 +418,8 @@ def command_line(settings):
 
 
 def names_table(results):
-    """With and without the new classes' names in the text loss, beside CoOp, which reads no new
-    name in training. The last column: run by run."""
+    """The text loss with and without the names of new classes, beside CoOp, which reads no new
+    names in training. The last column compares run by run."""
     coop, rows = results.of_all_tasks("coop"), []
     for method, names, label in (
         ("coop", "seen", "coop"),
@@ -435,7 +435,7 @@ def names_table(results):
 
 
 def target_table(results):
-    """The gate's target by an image's own class, or by the mean over classes."""
+    """The gate's target from an image's own class, or from the mean over classes."""
     by_label, by_mean = "mocoop", "mocoop-gate_targetmean"
     rows = [
         [target, *map(cell, results.over_tasks(label).values())]
@@ -447,7 +447,7 @@ def target_table(results):
 
 
 def rates_table(results):
-    """Accuracy on validation images, which is what to choose a rate by, and on test images."""
+    """Accuracy on validation images, by which a rate should be chosen, and on test images."""
     found = defaultdict(list)
     for result, *_ in results.lines:
         changed = result["changed_flags"]
@@ -463,7 +463,7 @@ def rates_table(results):
 
 
 def images_table(results):
-    """What is learned in the image encoder, for MoCoOp and CoOp, on the four tasks."""
+    """MoCoOp and CoOp with and without a trained part in the image encoder, on the four tasks."""
     rows = []
     for method in ("mocoop", "coop"):
         for side in ("nothing", "layer-norms", "prompts"):
@@ -475,14 +475,14 @@ def images_table(results):
 
 
 def parts_exchanged(lines, columns):
-    """{way of routing, text features: mean accuracy per column} of the runs that were taken apart.
-    columns: (task, images) each."""
+    """{"routing, text features": mean accuracy per column} of the runs that have a `why.json`.
+    columns: a list of (task, images)."""
     found = defaultdict(lambda: defaultdict(list))
     for result, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
         for images, of in (parts or {}).items():
             for way, value in of["accuracy"].items():
                 routing, texts = way.split(", ")
-                if result["method"] == "coop":  # it has one prompt, so no routing
+                if result["method"] == "coop":  # one prompt, so no routing
                     way = f"CoOp: {texts}"
                 if result["method"] == "mocoop" or routing == "router":
                     found[way][result["dataset"], images].append(value)
@@ -490,7 +490,7 @@ def parts_exchanged(lines, columns):
 
 
 def why_table(results):
-    """Accuracy with parts of the trained mixture exchanged, on base and on new classes, by task."""
+    """Accuracy with parts of the trained mixture replaced, on base and on new classes, by task."""
     columns = [(task, classes) for classes in ("base", "new") for task in TASKS]
     table = [["routing, text features", "base", "new", *map(" ".join, columns)]]
     lines = [line for line in results.lines if line[0]["seed"] in SEEDS]
@@ -508,7 +508,7 @@ def why_shifted_table(results):
 
 
 def gate_table(results):
-    """What the gate does, and how far apart the classes are, by what is looked at."""
+    """What the gate does, and how far apart the classes are, for each set of test images."""
     found = defaultdict(list)
     for result, _, parts in results.lines:
         for images, of in (parts if parts and result["method"] == "mocoop" else {}).items():

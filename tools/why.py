@@ -2,9 +2,9 @@
 
     python -m tools.why RUN      # a finished run of mocoop or coop
 
-Takes a trained mixture apart and exchanges its parts: hand-written prototypes instead of its
-prompts, equal weights or the gate's own target instead of its router. Writes `why.json` into the
-run's folder; `tools.reproduce` does so for its runs and makes tables of it.
+Replaces parts of a trained mixture: its prompts by hand-written prototypes, its router by equal
+weights or by the gate's own target. Writes `why.json` into the run's folder. `tools.reproduce` does
+so for its runs and makes tables of the results.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ from train import BASELINES, learns_images, text_encoder_of
 
 @torch.no_grad()
 def take_apart(run, split):
-    """What a run makes of the test images of a split: {"accuracy": {parts: percent}, "gate": {...},
-    "classes": {...}}."""
+    """Evaluates a run with parts replaced on the test images of a split:
+    {"accuracy": {parts: percent}, "gate": {...}, "classes": {...}}."""
     model, names, labels = run.model, split.class_names, split.labels(split.test)
     cached = not learns_images(run.config)
     f = image_features(
@@ -41,7 +41,7 @@ def take_apart(run, split):
     routings = {
         "router": weights,
         "equal weights": torch.full_like(weights, 1 / weights.shape[1]),
-        "target": gate_target(f, prototypes, labels, model.top_k),  # it knows the labels
+        "target": gate_target(f, prototypes, labels, model.top_k),  # it uses the labels
     }
     texts = {"prompts": soft, "prototypes": prototypes, "half and half": (soft + prototypes) / 2}
     found = {}
@@ -52,7 +52,7 @@ def take_apart(run, split):
     gate = torch.distributions.Categorical(logits=gate_logits)
     return {
         "accuracy": found,
-        "gate": {  # of 1 and log(G) nats at most
+        "gate": {  # at most 1 and log(G) nats
             "best prompt's share": gate.probs.amax(dim=-1).mean().item(),
             "entropy": gate.entropy().mean().item(),
         },
@@ -65,14 +65,14 @@ def take_apart(run, split):
 
 
 def _between_classes(text_features):
-    """The mean cosine of two different classes of one prompt. (G, C, D)."""
+    """The mean cosine between two different classes of the same prompt. (G, C, D)."""
     cosines = text_features @ text_features.transpose(-1, -2)  # (G, C, C)
     n = cosines.shape[-1]
     return ((cosines.sum() - n * len(cosines)) / (len(cosines) * n * (n - 1))).item()
 
 
 def why(folder, datasets=()):
-    """`why.json` of a run: on its own classes, on the new ones if these are the base, and on all
+    """Writes a run's `why.json`: for its own classes, for a base run also the new ones, and for all
     classes of further datasets. Returns its content."""
     run = load_run(folder)
     config = run.config
