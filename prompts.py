@@ -38,7 +38,7 @@ class PromptError(ValueError):
 # ---------------------------------------------------------------------------- words and tokens
 
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
-VOCABULARY = 49408  # number of tokens that CLIP knows
+VOCABULARY = 49408  # the size of CLIP's vocabulary
 
 
 @functools.cache

@@ -272,7 +272,7 @@ class Outputs(NamedTuple):
 class MoCoOp(nn.Module):
     """Soft prompts, a router over them, and the frozen CLIP that reads them.
 
-    With one prompt and the image loss alone, this is CoOp.
+    With one prompt and only the image loss, this is CoOp.
     """
 
     per_image = False  # whether each image has its own text features

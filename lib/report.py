@@ -273,7 +273,7 @@ def router_picture(result, path):
 
 def router_figure(results, title):
     """A heat map, with numbers, of the shares of the router's weight, kinds of images x prompts,
-    averaged over runs. Of many classes, those whose prompts are most unlike the average."""
+    averaged over runs. With many classes, it shows those with the most unusual prompts."""
     share = np.mean([result["router"]["share"] for result in results], axis=0)
     rows = [name[:60] for name in results[0]["router"]["rows"]]
     columns = [name[:60] for name in results[0]["prompt_usage"]]

@@ -350,7 +350,7 @@ def publish(folder, checkpoint, result, defaults, ignored):
         check_same_run(folder, its_config, result["config"], defaults, ignored)
     with replacing(folder / "checkpoint.pt", ANOTHER_OUT) as new_checkpoint:
         new_checkpoint.write_bytes(torch_bytes(checkpoint))
-        with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed before this
+        with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed first
             new_result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             for name in (
                 "checkpoint.pt",

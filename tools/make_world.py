@@ -1,7 +1,7 @@
 """Trains the built-in world's CLIP, and draws the picture of the world.
 
     python -m tools.make_world              # assets/tiny_clip.pt, 20 minutes on two cores
-    python -m tools.make_world --sheet FILE # the picture alone
+    python -m tools.make_world --sheet FILE # only the picture
 
 The model is a small `clip.model.CLIP` with CLIP's tokenizer, trained with CLIP's own loss. Its
 captions are the hand-written templates of the world's styles.
