@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib.runs import BadInput, out_of_memory, replacing
 
-# Pillow warns of these images, but reads them correctly.
+# Pillow warns about these images, but reads them correctly.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, 4 GB; phones take 200 megapixels
 # All that Pillow can open, except videos and scientific containers, which it only recognises.
