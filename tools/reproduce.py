@@ -1,6 +1,6 @@
 """Every number and picture of docs/RESULTS.md, and the same table for real datasets.
 
-    python -m tools.reproduce            # runs that docs/results.jsonl lacks; all take two hours
+    python -m tools.reproduce            # runs that docs/results.jsonl lacks; all take 2 to 3 hours
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
     python -m tools.reproduce --again    # repeat a tenth of the runs: do they agree?
     python -m tools.reproduce --tasks eurosat dtd --data DATA    # base to new on real datasets
