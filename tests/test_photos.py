@@ -19,8 +19,14 @@ import eval
 import train
 from eval import load_run
 from lib import features, report, world
-from lib.photos import find_photos, open_photo, say_remarks, upright_rgb, write_csv
+from lib.photos import find_photos, open_photo, remarks, say_remarks, upright_rgb, write_csv
 from lib.runs import BadInput
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_say():
+    """What an earlier test guessed of its images is not said in this one."""
+    remarks.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
