@@ -96,7 +96,7 @@ def _open(url, start, seconds):
     def ask():
         try:
             replies.put(urlopen(Request(url, headers=headers), timeout=seconds))
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised where the reply is awaited
             replies.put(error if isinstance(error, NETWORK) else URLError(error))
 
     threading.Thread(target=ask, daemon=True).start()

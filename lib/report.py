@@ -235,7 +235,7 @@ def matplotlib_defaults():
             matplotlib.rcdefaults()
             matplotlib.rcParams["text.parse_math"] = False  # a class name may contain a dollar
             yield
-    except Exception as error:
+    except Exception as error:  # of any kind: a picture must not lose a result
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"cannot draw: {reason}") from error
 

@@ -371,8 +371,9 @@ def publish(folder, checkpoint, result, defaults, ignored):
 
 
 RESULT = {  # what tables and pictures need from a result.json
-    *("dataset", "classes", "method", "label", "changed_flags", "clip", "n_prompts", "n_train"),
-    *("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "prompt_usage", "router", "config"),
+    *("dataset", "classes", "shots", "seed", "method", "label", "changed_flags", "clip"),
+    *("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "n_prompts", "prompt_usage"),
+    *("prompt_usage_by_epoch", "router", "config"),
 }
 SETTINGS = {"dataset", "classes", "shots", "seed", "groups"}
 
