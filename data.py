@@ -26,20 +26,11 @@ from typing import NamedTuple
 import torch
 
 from lib import readers, world
-from lib.catalogue import DATASETS, archive_url
-from lib.download import fetch_dataset
-from lib.photos import files_below, open_photo
-from lib.readers import PARTS, class_folders, image_files, readable
-from lib.runs import BadInput, nearest
+from lib.catalogue import DATASETS
+from lib.errors import BadInput, nearest
+from lib.photos import open_photo
+from lib.readers import PARTS
 from prompts import check_apart
-
-# Where to find what is not downloaded.
-DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
-CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # from there
-IMAGENET = (
-    "images/train/<synset>/*.JPEG and images/val/<synset>/*.JPEG from https://image-net.org, and"
-    f" classnames.txt from {CLASS_NAMES}"
-)
 
 
 class Item(NamedTuple):
@@ -177,157 +168,23 @@ def load_split(dataset, root):
     class folders that CLIP cannot tell apart.
     """
     if dataset in world.DATASETS:
-        return _split(dataset, None, "shapes", world.class_names(dataset), world.lists(dataset))
-    if dataset in DATASETS:
-        return _known_dataset(dataset, Path(root))
-    if os.path.isdir(dataset):
-        return _own_folder(dataset)
-    raise BadInput(
-        f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}: neither a folder nor one of"
-        f" {', '.join(DATASETS)}"
-    )
-
-
-def _split(dataset, folder, source, class_names, lists):
-    """A `Split` of the lists that a reader returns."""
+        folder, source = None, "shapes"
+        names, lists = world.class_names(dataset), world.lists(dataset)
+    elif dataset in DATASETS:
+        folder, source = Path(root) / DATASETS[dataset].folder, "coop"
+        names, lists = readers.read_known(dataset, folder)
+    elif os.path.isdir(dataset):
+        folder = Path(dataset)
+        source, classes, names, lists = readers.read_own(folder)
+    else:
+        raise BadInput(
+            f"unknown dataset {dataset!r}{nearest(dataset, DATASETS)}: neither a folder nor one of"
+            f" {', '.join(DATASETS)}"
+        )
+    if folder:
+        readers.check_classes(dataset, folder, names, lists, may_lack_train=source == "coop")
+    if source in ("folder", "seeded"):
+        check_apart(names, folders=classes)
     items = {part: [Item(*entry) for entry in lists[part]] for part in PARTS}
-    return Split(dataset, folder, source, class_names, **items)
-
-
-def _known_dataset(dataset, root):
-    """A row of the catalogue: downloaded if absent, then read from its lists or class folders."""
-    row = DATASETS[dataset]
-    folder = root / row.folder
-    if row.archive:
-        if not ((folder / row.images).is_dir() or row.split or _lists(row, folder).is_file()):
-            print(f"no {_lists(row, folder)}: if the archive has none, see {DATASETS_MD},")
-            print(f"  which links to {CLASS_NAMES}")
-        fetch_dataset(archive_url(row), folder, (row.images, row.split), row.sha256)
-    lists = _lists(row, folder)
-    for path in (folder / row.images, lists):
-        if not path.exists():
-            found = sorted(os.listdir(folder))[:5] if folder.is_dir() else []
-            expected = IMAGENET if dataset == "imagenet" else f"the layout of {DATASETS_MD}"
-            raise BadInput(
-                f"no {path} ({folder} holds {', '.join(found) or 'nothing'}): expected {expected}"
-            )
-    if row.layout == "split":
-        read = readers.read_split_file(lists, row.images)
-    elif row.layout == "aircraft":
-        read = readers.read_aircraft(folder, row.images)
-    else:
-        read = readers.read_imagenet(folder, row.images, row.layout, lists)
-    split = _check(_split(dataset, folder, "coop", *read))
-    _check_files(split)
-    counts = tuple(len(getattr(split, part)) for part in PARTS)
-    if not all(n in (None, found) for n, found in zip(row.counts, counts)):
-        expected = tuple("any" if n is None else n for n in row.counts)
-        print(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
-        print("  NOT comparable with the field's")
-    elif row.layout in ("split", "aircraft"):  # ImageNet's depends on the disk's file order
-        split = replace(split, samples="coop")
-    return split
-
-
-def _lists(row, folder):
-    """The file that describes the images: the split file. For ImageNet and its variants it is
-    classnames.txt, the variant's own if there is one, otherwise ImageNet's."""
-    own = folder / (row.split or "classnames.txt")
-    shared = folder.parent / DATASETS["imagenet"].folder / own.name
-    return own if row.split or own.is_file() else shared
-
-
-def _own_folder(dataset):
-    """Reads `<class>/*`, or `{train,val,test}/<class>/*` where val may be absent."""
-    folder = Path(dataset)
-    parts = readers.part_folders(folder)
-    if parts and not {"train", "test"} <= parts.keys():
-        raise BadInput(
-            f"{folder} has a folder {[*parts.values()][0]}/, and needs both train/ and test/ then"
-        )
-    classes = sorted({c for part in parts.values() or [""] for c in class_folders(folder / part)})
-    file = folder / "classnames.txt"
-    names = readers.read_class_names(file) if file.is_file() else dict(zip(classes, classes))
-    names = [readable(name) for name in readers.names_of(classes, names, file)]
-
-    def images(below):
-        found = image_files(folder, below, classes)
-        return [(path, label) for path, label in found if os.path.isfile(folder / path)]
-
-    if parts:
-        lists = {part: images(parts[part]) if part in parts else [] for part in PARTS}
-    else:
-        lists = _seeded_lists(images(""))
-    split = _split(dataset, folder, "folder" if parts else "seeded", names, lists)
-    _say_what_is_guessed(split)
-    _check(split)
-    check_apart(names, folders=classes)
-    return split
-
-
-def _seeded_lists(items):
-    """A split of our own: 50% train, 20% val, 30% test of each class.
-
-    The sorted paths of each class are shuffled with seed 0, not --seed: test images never change.
-    """
-    by_label, lists = defaultdict(list), {part: [] for part in PARTS}
-    for path, label in items:
-        by_label[label].append((path, label))
-    for own in by_label.values():
-        random.Random(0).shuffle(own)
-        n_train = round(0.5 * len(own))
-        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # one of three is for test
-        lists["train"] += own[:n_train]
-        lists["val"] += own[n_train : n_train + n_val]
-        lists["test"] += own[n_train + n_val :]
-    return lists
-
-
-def _say_what_is_guessed(split):
-    """Prints which files in your own folder are not used as images, and which images count towards
-    a class although they are in a subfolder of its folder."""
-    used = {item.path for part in PARTS for item in getattr(split, part)}
-    depth = 2 if split.source == "folder" else 1
-    left_out = [f for f in files_below(split.folder) if f not in used and f != "classnames.txt"]
-    found = {
-        "files are not images in a class folder and are left out": left_out,
-        "images lie deeper in their class folder": sorted(p for p in used if p.count("/") > depth),
-    }
-    for what, paths in found.items():
-        if paths:
-            print(f"{split.folder}: {len(paths):,} {what}, the first is {paths[0]}")
-
-
-def _check(split):
-    """Returns the split. Raises BadInput unless every class has images in train and in test."""
-    where = split.folder
-    parts = [part for part in PARTS if getattr(split, part)]
-    if not parts:
-        what = "images" if split.class_names else "class folders"
-        raise BadInput(f"no {what} in {where}: expected {where}/<class>/<image>")
-    for name in (str(where), *split.class_names):
-        if not name.strip() or name.encode(errors="ignore").decode() != name:
-            raise BadInput(f"{where}: {name!r} is not valid Unicode: rename the folder")
-    if len(split.class_names) == 1:
-        raise BadInput(f"{where} has one class only, {split.class_names[0]!r}")
-    test_only = parts == ["test"] and split.source == "coop"
-    for part in ["test"] if test_only else ["train", "test"]:
-        present = {item.label for item in getattr(split, part)}
-        for label, name in enumerate(split.class_names):
-            if label not in present:
-                raise BadInput(
-                    f"{split.dataset}: the class {name!r} has no image in {part}, where every"
-                    " class needs one"
-                )
-    return split
-
-
-def _check_files(split):
-    """Raises BadInput if the split lists images that are missing."""
-    items = [*split.train, *split.val, *split.test]
-    missing = [i.path for i in items if not os.path.isfile(split.folder / i.path)]
-    if missing:
-        raise BadInput(
-            f"{len(missing):,} of {len(items):,} images of {split.dataset} are missing,"
-            f" the first is {split.folder / missing[0]}"
-        )
+    samples = "coop" if source == "coop" and readers.are_the_fields(dataset, lists) else "own"
+    return Split(dataset, folder, source, names, **items, samples=samples)

@@ -12,52 +12,42 @@ The first three write into the run's folder: `eval_<dataset>_<classes>.json`, th
 beside it, and `samples_<...>.png`, test images with the prompts used for them.
 """
 
-import itertools
 import os
-import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from data import dataset_name, full_dataset, load_split, select_classes
-from lib import report
+from lib import answers, pictures, results
 from lib.baselines import ClassVectors
 from lib.catalogue import all_templates, row_of, template_groups
-from lib.clip_model import MEAN, STD, load_clip
-from lib.features import album_pixels, attach, image_features, photo_features
+from lib.clip_model import load_clip
+from lib.errors import BadInput, exit_on_bad_input
+from lib.features import attach, image_features, photo_features
+from lib.files import read_lines, read_torch_file, save_json
 from lib.parallel import choose_device
-from lib.photos import check_output, find_photos, write_csv
-from lib.runs import (
-    BadInput,
-    Parser,
-    exit_on_bad_input,
-    find_runs,
-    read_lines,
-    read_result,
-    read_torch_file,
-    replacing,
-    save_json,
-)
+from lib.runs import find_runs, read_result
+from lib.settings import Parser, defaults_of
 from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
+    CLASSES,
     PROBES,
+    SETTINGS,
     learns_images,
     make_model,
-    make_parser,
     preset,
     text_encoder_of,
     zero_shot_and_ensemble,
 )
 
-# ------------------------------------------------------------------------------ one run, anywhere
+# ------------------------------------------------------------------------------------- one run
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """A trained run, ready to use: see "Your own photos" in the README."""
 
     config: dict  # every setting
@@ -122,193 +112,32 @@ def load_run(folder, clip=None, device=None):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} holds no finished run (no {name})")
     file = folder / "checkpoint.pt"
-    checkpoint = read_torch_file(file, "checkpoint of a run")
-    if not checkpoint.keys() >= {"config", "groups", "class_names", "clip_fingerprint", "model"}:
-        raise BadInput(f"{file} is not the checkpoint of a run")
-    stored, groups, state = (checkpoint[key] for key in ("config", "groups", "model"))
-    class_names, fingerprint = checkpoint["class_names"], checkpoint["clip_fingerprint"]
-    defaults = preset(stored["method"], stored["dataset"], stored["shots"])
+    stored = read_torch_file(file, "checkpoint of a run")
+    try:
+        config, groups, names = (stored[key] for key in ("config", "groups", "class_names"))
+        fingerprint, state = stored["clip_fingerprint"], stored["model"]
+    except KeyError as error:
+        raise BadInput(f"{file} is not the checkpoint of a run") from error
     # Settings that were added after the run was made get their defaults.
-    config = vars(make_parser().parse_args([])) | defaults | stored
+    defaults = preset(config["method"], config["dataset"], config["shots"])
+    config = defaults_of(*SETTINGS.values()) | defaults | config
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
         raise BadInput(
             f"{folder} was trained with another CLIP than {clip or config['clip']}"
             f" (weights {fingerprint[:8]}..., not {found[:8]}...): name it with --clip"
         )
-    if config["method"] in BASELINES:
-        model = ClassVectors(class_names, torch.empty_like(state["weight"]))
-    else:
-        prompt_names = checkpoint.get("prompt_names", class_names)
-        model = make_model(clip_model, groups, prompt_names, config)
-        attach(clip_model, model.image_side)
     try:
+        if config["method"] in BASELINES:
+            model = ClassVectors(names, torch.empty_like(state["weight"]))
+        else:
+            model = make_model(clip_model, groups, stored.get("prompt_names", names), config)
+            attach(clip_model, model.image_side)
         model.load_state_dict(state)
     except RuntimeError as error:
         raise BadInput(f"{file} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()
-    return Run(config, groups, class_names, model, clip_model, fingerprint)
-
-
-def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=None, device=None):
-    """Tests the run in `folder`; arguments of None are as in the run. Writes the files, returns the
-    dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
-    where to write the answer for every test image."""
-    if csv_file:
-        check_output(csv_file, folder)
-    folder, run = Path(folder), load_run(folder, clip, device)
-    config, groups, class_names, model, clip_model, fingerprint = run
-    its_result = read_result(folder / "result.json")
-    dataset, classes = full_dataset(dataset or config["dataset"]), classes or config["classes"]
-    full_split = load_split(dataset, data or config["data"])
-    split = replace(select_classes(full_split, classes), train=[], val=[])
-    name = f"{split.name}_{classes}"
-    file = folder / f"eval_{name}.json"
-    own_dataset = split.name == dataset_name(config["dataset"])
-    if own_dataset:  # a folder may have moved: its name and classes identify it
-        own_names = select_classes(full_split, config["classes"]).class_names
-        same = own_names == class_names and row_of(dataset) == row_of(config["dataset"])
-        same = same and (dataset == config["dataset"] or not os.path.exists(config["dataset"]))
-    else:
-        same = not file.exists() or read_result(file).get("target", dataset) == dataset
-    if not same:
-        raise BadInput(f"{folder} holds numbers of another {split.name}: rename {dataset}")
-    if config["method"] in PROBES:
-        model.check_classes(split.class_names)  # before any image is encoded
-    what = f"test images of {dataset}, {classes} classes"
-
-    # Zero-shot and ensemble: the original CLIP, with the target's templates.
-    untrained_clip = clip_model
-    learned = learns_images(config)
-    if learned:
-        untrained_clip, _ = load_clip(clip or config["clip"], clip_model.logit_scale.device)
-    frozen_features = image_features(untrained_clip, fingerprint, split, split.test, what=what)
-    target_groups = groups if own_dataset else template_groups(dataset)
-    untrained = run.untrained(dataset, target_groups, split.class_names)
-    zero_shot, ensemble = (
-        report.accuracy_on(m, split, split.test, frozen_features) for m in untrained.values()
-    )
-
-    features = frozen_features
-    if learned or run.takes_raw:
-        options = {"cached": not learned, "raw": run.takes_raw}
-        features = image_features(clip_model, fingerprint, split, split.test, what=what, **options)
-    model = untrained.get(config["method"], model)  # zeroshot, ensemble: for the target's classes
-    changed = its_result["changed_flags"]
-    measured, logits, weights = report.evaluate_model(
-        model, config, changed, split, classes, features
-    )
-    result = its_result | measured
-    result |= {"zero_shot_accuracy": zero_shot, "ensemble_accuracy": ensemble, "val_accuracy": None}
-    result["target"] = config["dataset"] if own_dataset else dataset  # a folder by its full path
-    print(
-        f"{split.name}, {classes} classes, {len(split.test):,} images: {config['method']}"
-        f" {result['accuracy']:.2f} %, zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %"
-    )
-    if csv_file:
-        truths = [split.class_names[item.label] for item in split.test]
-        answers = map(best_answers, logits.softmax(dim=-1), itertools.repeat(split.class_names))
-        rows = zip([item.path for item in split.test], truths, answers, weights.tolist())
-        write_csv(csv_file, list(rows), model.templates)
-    save_json(result, file)
-    print(f"saved in {folder}: eval_{name}.json")
-    predictions = logits.argmax(dim=-1)
-    draw_samples(split, predictions, weights, model.templates, folder / f"samples_{name}.png")
-    if model.templates:
-        report.router_picture(result, folder / f"eval_{name}.png")
-    return result
-
-
-@report.for_show("the sheet of samples")
-@report.matplotlib_defaults()
-def draw_samples(split, predictions, weights, templates, path):
-    """Draws a sheet of 16 test images, each with the answer, its prompts and their weights.
-
-    predictions (N,) and weights (N, G): of all test images.
-    """
-    some = random.Random(0).sample(range(len(split.test)), min(16, len(split.test)))
-    titles = []
-    for i in some:
-        truth, answer = split.class_names[split.test[i].label], split.class_names[predictions[i]]
-        verdict = truth if truth == answer else f"{truth},\ntaken for {answer}"
-        titles.append(("\n".join([verdict, *used_prompts(weights[i], templates)]), truth == answer))
-    report.samples_picture([split.open(split.test[i].path) for i in some], titles, path)
-
-
-def best_answers(probabilities, class_names):
-    """The three best classes of an image with their probabilities. probabilities: (C,)."""
-    best = probabilities.topk(min(3, len(class_names)))
-    return [(class_names[i], p) for i, p in zip(best.indices, best.values.tolist())]
-
-
-def used_prompts(weights, templates):
-    """The prompts used for an image, as text, largest weight first. weights: (G,)."""
-    order = weights.argsort(descending=True).tolist()
-    return [f"{100 * weights[g]:.0f}% {templates[g]}" for g in order if weights[g] > 0]
-
-
-def nearest_words(folder, clip=None, device=None, n_nearest=3):
-    """For each learned context vector, the nearest words of CLIP's vocabulary with their Euclidean
-    distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
-
-    CoOp inspects its prompts this way. Beware: a vector can work well far away from any word.
-    Raises BadInput for a run without prompts.
-    """
-    run = load_run(folder, clip, device)
-    if run.config["method"] in BASELINES:
-        raise BadInput(f"{folder} is a run of {run.config['method']}: it has no prompts")
-    embeddings = run.clip_model.token_embedding.weight
-    known = torch.tensor(sorted(known_tokens(run.clip_model)), device=embeddings.device)
-    found, prompts = {}, run.model.prompts
-    for template, *contexts in zip(
-        prompts.templates, prompts.context_before, prompts.context_after
-    ):
-        distances = torch.cdist(torch.cat(contexts).detach(), embeddings[known].float())
-        nearest = distances.topk(min(n_nearest, len(known)), largest=False)
-        found[template] = []
-        for indices, values in zip(nearest.indices, nearest.values.tolist()):
-            words = words_of(known[indices].tolist())
-            found[template].append([(w, round(d, 3)) for w, d in zip(words, values)])
-    return found
-
-
-def export(folder, file, clip=None, device=None):
-    """Writes all that classification needs to an .npz file, for use without PyTorch: the README
-    has ten lines of NumPy that classify an image feature with it.
-
-    Raises BadInput for a run without prompts, and for a run whose answers the file could not
-    reproduce: one that shifts the prompts for each image or has changed the image encoder.
-    """
-    check_output(file, folder)
-    run = load_run(folder, clip, device)
-    config, model = run.config, run.model
-    if config["method"] in BASELINES or config["conditional"] or learns_images(config):
-        raise BadInput(
-            f"{folder} cannot be exported: only prompts that all images share, for CLIP's own image"
-            " encoder, can be used without this code"
-        )
-    text_features = model.text_features(run.class_names)
-    shape = len(model.templates), text_features.shape[-1]
-    gate_weight, gate_bias = torch.zeros(shape), torch.zeros(shape[0])  # equal weights
-    if hasattr(model.router, "gate"):
-        gate_weight, gate_bias = model.router.gate.weight, model.router.gate.bias
-    arrays = {"text_features": text_features, "gate_weight": gate_weight, "gate_bias": gate_bias}
-    with replacing(file) as scratch, open(scratch, "wb") as out:
-        np.savez(
-            out,
-            **{name: array.detach().cpu().numpy() for name, array in arrays.items()},
-            top_k=model.top_k,
-            scale=model.logit_scale,
-            class_names=run.class_names,
-            templates=model.templates,
-            clip=config["clip"],
-            pixel_mean=MEAN,
-            pixel_std=STD,
-        )
-    print(f"saved: {file}")
-
-
-# ------------------------------------------------------------------------------- your own photos
+    return Run(config, groups, names, model, clip_model, fingerprint)
 
 
 def read_names(names):
@@ -323,58 +152,135 @@ def read_names(names):
     return names
 
 
-def classify_photos(folder, paths, names=None, csv_file=None, clip=None, device=None):
-    """Prints for each photo the three best classes with their probabilities, and its prompts.
+# ------------------------------------------------------------------------------- its test images
 
-    names: your own class names, separated by commas, or a file with one per line. csv_file: where
-    to write the same as a table. Unreadable photos are named on standard error.
-    Returns the number of unreadable photos. Raises BadInput if none can be read.
-    """
-    files = find_photos(paths)
+
+def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=None, device=None):
+    """Tests the run in `folder`; arguments of None are as in the run. Writes the files, returns the
+    dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
+    where to write the answer for every test image."""
+    folder = Path(folder)
     if csv_file:
-        check_output(csv_file, folder)
-    names = None if names is None else read_names(names)
+        answers.check_output(csv_file, folder)
     run = load_run(folder, clip, device)
-    class_names, rows = names or run.class_names, []
-    classify = run.classifier(class_names)
-    try:
-        for photo, pixels in album_pixels(run.clip_model, files):
-            probabilities, weights = classify(run.photo_features([pixels]))
-            answers = best_answers(probabilities[0], class_names)
-            prompts = used_prompts(weights[0], run.model.templates)
-            said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
-            which = f"  [{' | '.join(prompts)}]" if prompts else ""
-            print(f"{photo}: {said}{which}", flush=True)
-            rows.append((photo, "", answers, weights[0].tolist()))
-    finally:  # also if it was interrupted
-        if csv_file and rows:
-            write_csv(csv_file, rows, run.model.templates)
-    if not rows:
-        raise BadInput(f"none of {len(files)} images could be read")
-    return len(files) - len(rows)
+    dataset = full_dataset(dataset or run.config["dataset"])
+    classes = classes or run.config["classes"]
+    full_split = load_split(dataset, data or run.config["data"])
+    split = replace(select_classes(full_split, classes), train=[], val=[])
+    own = split.name == dataset_name(run.config["dataset"])
+    file = folder / f"eval_{split.name}_{classes}.json"
+    check_same_target(run, full_split, file, own)
+
+    its_result = read_result(folder / "result.json")
+    measured, logits, weights = measure(run, split, classes, own, its_result["changed_flags"], clip)
+    result = its_result | measured | {"val_accuracy": None}
+    result["target"] = run.config["dataset"] if own else dataset  # a folder by its full path
+    print(
+        f"{split.name}, {classes} classes, {len(split.test):,} images: {run.config['method']}"
+        f" {result['accuracy']:.2f} %, zero-shot {result['zero_shot_accuracy']:.2f} %,"
+        f" ensemble {result['ensemble_accuracy']:.2f} %"
+    )
+    templates = run.model.templates
+    if csv_file:
+        answers.write_test_csv(csv_file, split, logits, weights, templates)
+    save_json(result, file)
+    print(f"saved in {folder}: {file.name}")
+    samples = folder / f"samples_{split.name}_{classes}.png"
+    answers.draw_samples(split, logits.argmax(dim=-1), weights, templates, samples)
+    if templates:
+        pictures.router_picture(result, file.with_suffix(".png"))
+    return result
 
 
-# ------------------------------------------------------------------------------ the command line
+def measure(run, split, classes, own, changed, clip=None):
+    """A run on the test images of a split, beside CLIP as it is: (the numbers for `result.json`,
+    class logits (N, C), prompt weights (N, G)).
+
+    own: whether the dataset is the run's own, whose templates it then uses. changed: its settings
+    other than default. clip: as in `load_run`.
+    """
+    config, model = run.config, run.model
+    if config["method"] in PROBES:
+        model.check_classes(split.class_names)  # before any image is encoded
+    what = f"test images of {split.dataset}, {classes} classes"
+
+    # CLIP as it is: its own image encoder, with the target's templates.
+    untrained_clip = run.clip_model
+    if learns_images(config):
+        untrained_clip, _ = load_clip(clip or config["clip"], run.clip_model.logit_scale.device)
+    features = image_features(untrained_clip, run.fingerprint, split, split.test, what=what)
+    groups = run.groups if own else template_groups(split.dataset)
+    untrained = run.untrained(split.dataset, groups, split.class_names)
+    accuracies = [results.accuracy_on(m, split, "test", features) for m in untrained.values()]
+
+    # The run itself, whose features may be others.
+    model = untrained.get(config["method"], model)  # zeroshot, ensemble: for the target's classes
+    if learns_images(config) or run.takes_raw:
+        how = {"cached": not learns_images(config), "raw": run.takes_raw}
+        features = image_features(
+            run.clip_model, run.fingerprint, split, split.test, what=what, **how
+        )
+    measured, *answer = results.evaluate_model(model, config, changed, split, classes, features)
+    measured["zero_shot_accuracy"], measured["ensemble_accuracy"] = accuracies
+    return measured, *answer
 
 
-def print_words(folder, clip, device):
-    for template, vectors in nearest_words(folder, clip, device).items():
+def check_same_target(run, full_split, file, own):
+    """A run keeps one evaluation per name. Raises BadInput if `file` would hold another dataset's.
+
+    own: whether the name is the run's own. Its folder may have moved; its classes identify it.
+    """
+    config, dataset = run.config, full_split.dataset
+    if own:
+        names = select_classes(full_split, config["classes"]).class_names
+        same = names == run.class_names and row_of(dataset) == row_of(config["dataset"])
+        same = same and (dataset == config["dataset"] or not os.path.exists(config["dataset"]))
+    else:
+        same = not file.exists() or read_result(file).get("target", dataset) == dataset
+    if not same:
+        raise BadInput(
+            f"{file.parent} already holds results for another dataset named {full_split.name}:"
+            f" rename {dataset}"
+        )
+
+
+# -------------------------------------------------------------------------- what it has learned
+
+
+@torch.no_grad()
+def nearest_words(run, n_nearest=3):
+    """For each learned context vector, the nearest words of CLIP's vocabulary with their Euclidean
+    distances. Returns {template: [(word, distance) x n_nearest, per vector]}.
+
+    CoOp inspects its prompts this way. Beware: a vector can work well far away from any word.
+    Raises BadInput for a run without prompts.
+    """
+    if not run.model.templates:
+        raise BadInput(f"a run of {run.config['method']} has no prompts")
+    embeddings = run.clip_model.token_embedding.weight
+    known = torch.tensor(sorted(known_tokens(run.clip_model)), device=embeddings.device)
+    found, prompts = {}, run.model.prompts
+    for template, *halves in zip(prompts.templates, prompts.context_before, prompts.context_after):
+        distances = torch.cdist(torch.cat(halves), embeddings[known].float())
+        nearest = distances.topk(min(n_nearest, len(known)), largest=False)
+        found[template] = [
+            list(zip(words_of(known[indices].tolist()), values))
+            for indices, values in zip(nearest.indices, nearest.values.tolist())
+        ]
+    return found
+
+
+def print_words(run):
+    for template, vectors in nearest_words(run).items():
         print(template)
         for i, vector in enumerate(vectors, 1):
             print(f"  v{i}  " + "  ".join(f"{word} {distance:.3f}" for word, distance in vector))
 
 
-def print_pictures(folder):
-    drawn = report.draw_pictures(find_runs(folder), folder)
-    if not drawn:
-        raise BadInput(
-            f"nothing to draw below {folder}: curves need a method's own settings at several"
-            " numbers of shots, maps and ablations a plain run of mocoop"
-        )
-    print(f"saved in {folder}: {', '.join(drawn)}")
+# ------------------------------------------------------------------------------ the command line
 
 
-READS = {  # {action: the other arguments it uses}; the first action given counts
+ALLOWED = {  # {action: the other arguments it uses}; the first action given counts
     "table": (),
     "plots": (),
     "words": ("run", "clip", "device"),
@@ -389,18 +295,12 @@ def run_command_line():
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="the folder of a run")
     add("--dataset", help="test on another dataset's images and class names")
-    add(
-        "--classes",
-        choices=("all", "base", "new"),
-        help="test on these classes (by default the run's)",
-    )
+    add("--classes", choices=CLASSES, help="test on these classes (by default the run's)")
     add("--data", help="the folder that holds all datasets (by default the run's)")
     add("--clip", help="path of the run's CLIP, if it has moved")
     add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
     add("--images", nargs="+", metavar="PATH", help="classify photos, folders of photos, patterns")
-    add(
-        "--names", help="class names for --images, separated by commas, or a file with one per line"
-    )
+    add("--names", help="class names for --images, separated by commas, or a file of them")
     add("--csv", type=Path, metavar="FILE", help="write the answer for every image as a table")
     add("--words", action="store_true", help="print the words nearest to the learned vectors")
     add("--export", type=Path, metavar="FILE", help="write an .npz file to classify with in NumPy")
@@ -409,24 +309,28 @@ def run_command_line():
     args = parser.parse_args()
     if [args.run, args.table, args.plots].count(None) != 2:
         parser.error("name a RUN, or --table DIR, or --plots DIR")
-    action = next((name for name in READS if getattr(args, name)), "run")
+    action = next((name for name in ALLOWED if getattr(args, name)), "run")
     for name, value in vars(args).items():
-        if value and name not in (action, *READS[action]):
+        if value and name not in (action, *ALLOWED[action]):
             parser.error(f"--{name} has no effect here")
+    which = args.clip, args.device
     if args.table:
-        print(report.runs_table(find_runs(args.table)))
+        print(results.runs_table(find_runs(args.table)))
     elif args.plots:
-        print_pictures(args.plots)
+        pictures.draw_pictures(find_runs(args.plots), args.plots)
     elif args.words:
-        print_words(args.run, args.clip, args.device)
+        print_words(load_run(args.run, *which))
     elif args.export:
-        export(args.run, args.export, args.clip, args.device)
+        answers.check_output(args.export, args.run)
+        answers.export(load_run(args.run, *which), args.export)
     elif args.images:
-        how = args.names, args.csv, args.clip, args.device
-        sys.exit(1 if classify_photos(args.run, args.images, *how) else 0)
+        files, names = answers.find_photos(args.images), args.names and read_names(args.names)
+        if args.csv:
+            answers.check_output(args.csv, args.run)
+        run = load_run(args.run, *which)
+        sys.exit(1 if answers.classify_files(run, files, names, args.csv) else 0)
     else:
-        what = args.dataset, args.classes, args.data, args.csv
-        evaluate(args.run, *what, args.clip, args.device)
+        evaluate(args.run, args.dataset, args.classes, args.data, args.csv, *which)
 
 
 def main():

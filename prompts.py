@@ -30,75 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class PromptError(ValueError):
-    """A template or class name that this CLIP cannot read. The message is one line."""
-
-
-# ---------------------------------------------------------------------------- words and tokens
-
 SOS, EOT = 49406, 49407  # CLIP's start and end of text
 VOCABULARY = 49408  # the size of CLIP's vocabulary
-
-
-@functools.cache
-def _tokenizer():
-    from clip.simple_tokenizer import SimpleTokenizer  # here, because the import takes two seconds
-
-    return SimpleTokenizer()
-
-
-def token_ids(text):
-    """CLIP's tokens of a text, without SOS and EOT. Tokens, not words: `close-up` has three."""
-    return _tokenizer().encode(text)
-
-
-def words_of(ids):
-    """The words, or pieces of words, that tokens stand for; `decoder` is clip's own table."""
-    return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
-
-
-def known_tokens(clip_model):
-    """The set of tokens that have an embedding: all of them, except in the bundled CLIP, whose
-    table holds NaN for the words it was not trained on."""
-    known = ~clip_model.token_embedding.weight.isnan().any(dim=1)
-    return set(known.nonzero().flatten().tolist())
-
-
-def check_words(known, ids, text):
-    """Raises PromptError, naming the word, if a token of `text` is not known."""
-    if not known.issuperset(ids):
-        words = re.findall(r"[\w'-]+|\S", text)
-        unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
-        raise PromptError(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
-
-
-def check_apart(names, folders=None):
-    """Raises PromptError if two class names have the same CLIP tokens, however their capitals,
-    spaces, accents or HTML are written. folders: how the message refers to the classes."""
-    seen = {}
-    for name, called in zip(names, folders or names):
-        ids = tuple(token_ids(name))
-        if ids in seen:
-            raise PromptError(f"CLIP cannot tell the classes {seen[ids]!r} and {called!r} apart")
-        seen[ids] = called
-
-
-def check_length(clip_model, ids, text):
-    """Raises PromptError if a sentence has more tokens than this CLIP reads."""
-    if len(ids) > clip_model.context_length:
-        raise PromptError(
-            f"{text!r} is {len(ids)} tokens long, and this CLIP reads {clip_model.context_length}:"
-            " shorten the class name or the template"
-        )
-
-
-def check_template(template):
-    """Returns the template; raises PromptError unless it has exactly one {} for the class name."""
-    if template.count("{}") != 1:
-        raise PromptError(f"the template {template!r} needs one {{}} where the class name goes")
-    return template
-
 
 # ---------------------------------------------------------------------------- the text encoder
 
@@ -310,3 +243,69 @@ class SoftPrompts(nn.Module):
         context = self.context() if shift is None else self.context() + shift[:, None]
         features = encoder(context)
         return F.normalize(features if bias is None else features + bias, dim=-1)
+
+
+# ------------------------------------------------------------------ tokens, and what CLIP can read
+
+
+class PromptError(ValueError):
+    """A template or class name that this CLIP cannot read. The message is one line."""
+
+
+@functools.cache
+def _tokenizer():
+    from clip.simple_tokenizer import SimpleTokenizer  # here, because the import takes two seconds
+
+    return SimpleTokenizer()
+
+
+def token_ids(text):
+    """CLIP's tokens of a text, without SOS and EOT. Tokens, not words: `close-up` has three."""
+    return _tokenizer().encode(text)
+
+
+def words_of(ids):
+    """The words, or pieces of words, that tokens stand for; `decoder` is clip's own table."""
+    return [_tokenizer().decoder[i].replace("</w>", "") for i in ids]
+
+
+def known_tokens(clip_model):
+    """The set of tokens that have an embedding: all of them, except in the bundled CLIP, whose
+    table holds NaN for the words it was not trained on."""
+    known = ~clip_model.token_embedding.weight.isnan().any(dim=1)
+    return set(known.nonzero().flatten().tolist())
+
+
+def check_words(known, ids, text):
+    """Raises PromptError, naming the word, if a token of `text` is not known."""
+    if not known.issuperset(ids):
+        words = re.findall(r"[\w'-]+|\S", text)
+        unknown = next((w for w in words if not known.issuperset(token_ids(w))), text)
+        raise PromptError(f"this CLIP has never seen the word {unknown!r} (in {text!r})")
+
+
+def check_apart(names, folders=None):
+    """Raises PromptError if two class names have the same CLIP tokens, however their capitals,
+    spaces, accents or HTML are written. folders: how the message refers to the classes."""
+    seen = {}
+    for name, called in zip(names, folders or names):
+        ids = tuple(token_ids(name))
+        if ids in seen:
+            raise PromptError(f"CLIP cannot tell the classes {seen[ids]!r} and {called!r} apart")
+        seen[ids] = called
+
+
+def check_length(clip_model, ids, text):
+    """Raises PromptError if a sentence has more tokens than this CLIP reads."""
+    if len(ids) > clip_model.context_length:
+        raise PromptError(
+            f"{text!r} is {len(ids)} tokens long, and this CLIP reads {clip_model.context_length}:"
+            " shorten the class name or the template"
+        )
+
+
+def check_template(template):
+    """Returns the template; raises PromptError unless it has exactly one {} for the class name."""
+    if template.count("{}") != 1:
+        raise PromptError(f"the template {template!r} needs one {{}} where the class name goes")
+    return template

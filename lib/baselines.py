@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.runs import BadInput, finite
+from lib.errors import BadInput, finite
 
 # -------------------------------------------------------------------------- one vector per class
 

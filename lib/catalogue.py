@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 
 from lib import world
-from lib.runs import BadInput, read_text
+from lib.errors import BadInput
+from lib.files import read_text
 
 # -------------------------------------------------------------------- hand-written templates
 # The first template of a group initialises its soft prompt. The groups for the field's datasets

@@ -13,7 +13,8 @@ from zipfile import BadZipFile, ZipFile
 import torch
 
 from lib.download import alone, download, file_sha256
-from lib.runs import BadInput, finite, nearest, read_torch_file, writable_folder
+from lib.errors import BadInput, finite, nearest
+from lib.files import read_torch_file, writable_folder
 
 TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP

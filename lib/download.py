@@ -19,7 +19,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from lib.runs import BadInput, writable_folder
+from lib.errors import BadInput
+from lib.files import writable_folder
 
 try:
     import fcntl

@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 from lib import parallel, world
 from lib.clip_model import MEAN, STD
+from lib.errors import BadInput, out_of_memory
 from lib.fast_clip import encode_images
+from lib.files import replacing
 from lib.photos import open_photo, say_remarks, upright_rgb
-from lib.runs import BadInput, doing, out_of_memory, replacing
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
@@ -282,7 +283,6 @@ def image_features(
     return features if n_views is None else features.view(len(items), n_views, width)
 
 
-@doing("encoding images", "try another --device")
 @torch.no_grad()
 def _encode(clip_model, split, wanted, bar):
     """Features of images, one array (D + 1,) each: the unit vector, and the norm before scaling.

@@ -19,7 +19,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 
 def choose_device(name):

@@ -1,7 +1,5 @@
 """Reads image files, and finds the photos of albums, which belong to no dataset."""
 
-import csv
-import glob
 import io
 import os
 import re
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.runs import BadInput, out_of_memory, replacing
+from lib.errors import BadInput, out_of_memory
 
 # Pillow warns about these images, but reads them correctly.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
@@ -135,61 +133,3 @@ def files_below(folder, above=()):
             yield from (f"{entry.name}/{file}" for file in files_below(entry.path, above))
         else:
             yield entry.name
-
-
-# -------------------------------------------------------------------------------------- albums
-
-
-def find_photos(paths):
-    """The files that paths, folders (with all images below them) and patterns name, each once.
-    Other files in the folders are named on standard error. Raises BadInput for a path that names no
-    image."""
-    found, left_out = [], []
-    for path in paths:
-        files = []
-        for named in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
-            if not os.path.isdir(named):
-                files.append(Path(named))
-                continue
-            below = [Path(named, file) for file in files_below(named)]
-            files += filter(is_image, below)
-            left_out += [file for file in below if not is_image(file)]
-        if not files:
-            raise BadInput(f"{path} names no image")
-        found += files
-    if left_out:
-        n, first = len(left_out), left_out[0]
-        print(f"left out {n} files that are not images, the first is {first}", file=sys.stderr)
-    return list(dict.fromkeys(found))
-
-
-def check_output(file, run_folder):
-    """Raises BadInput for an output file in the run's folder or in a folder that cannot be written,
-    and for one that would replace anything but an earlier output."""
-    if file.resolve().is_relative_to(Path(run_folder).resolve()):
-        raise BadInput(f"{file} would lie in the run's own folder: name another place")
-    if file.is_dir() or not os.access(file.absolute().parent, os.W_OK):
-        raise BadInput(f"cannot write {file}")
-    if os.path.lexists(file) and not (
-        file.suffix in (".csv", ".npz") and file.is_file() and not file.is_symlink()
-    ):
-        raise BadInput(f"{file} exists and is not an earlier output: name another file")
-
-
-def write_csv(file, rows, templates):
-    """Writes one line per image: its path, its class if known, its best classes with their
-    probabilities, and the weight of every prompt.
-
-    rows: (path, class or "", [(class name, probability), ...], weights) of each image.
-    """
-    heads = [f"{what} {i + 1}" for i in range(len(rows[0][2])) for what in ("class", "probability")]
-    known = ["true class"] if rows[0][1] else []
-    with (
-        replacing(file) as scratch,
-        open(scratch, "w", newline="", encoding="utf-8", errors="surrogateescape") as out,
-    ):
-        table = csv.writer(out)
-        table.writerow(["image", *known, *heads, *templates])
-        for path, truth, answers, weights in rows:
-            cells = [cell for name, x in answers for cell in (name, f"{x:.6f}")]
-            table.writerow([path, *[truth] * len(known), *cells, *(f"{w:.6f}" for w in weights)])

@@ -6,13 +6,80 @@ paths below the dataset's folder and labels counting from 0.
 
 import json
 import os
+import random
+from collections import defaultdict
 from pathlib import Path
 
+from lib.catalogue import DATASETS, archive_url
+from lib.download import fetch_dataset
+from lib.errors import BadInput
+from lib.files import read_lines
 from lib.photos import files_below, is_image
-from lib.runs import BadInput, read_lines
 
 PARTS = ("train", "val", "test")
 OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+# Where to find what is not downloaded.
+DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
+CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # from there
+IMAGENET = (
+    "images/train/<synset>/*.JPEG and images/val/<synset>/*.JPEG from https://image-net.org, and"
+    f" classnames.txt from {CLASS_NAMES}"
+)
+
+
+# ------------------------------------------------------------------------ the field's datasets
+
+
+def read_known(dataset, folder):
+    """A row of the catalogue: downloaded if absent, then read from its lists or class folders."""
+    row = DATASETS[dataset]
+    if row.archive:
+        if not ((folder / row.images).is_dir() or row.split or _lists(row, folder).is_file()):
+            print(f"no {_lists(row, folder)}: if the archive has none, see {DATASETS_MD},")
+            print(f"  which links to {CLASS_NAMES}")
+        fetch_dataset(archive_url(row), folder, (row.images, row.split), row.sha256)
+    file = _lists(row, folder)
+    for path in (folder / row.images, file):
+        if not path.exists():
+            found = sorted(os.listdir(folder))[:5] if folder.is_dir() else []
+            expected = IMAGENET if dataset == "imagenet" else f"the layout of {DATASETS_MD}"
+            raise BadInput(
+                f"no {path} ({folder} holds {', '.join(found) or 'nothing'}): expected {expected}"
+            )
+    if row.layout == "split":
+        names, lists = read_split_file(file, row.images)
+    elif row.layout == "aircraft":
+        names, lists = read_aircraft(folder, row.images)
+    else:
+        names, lists = read_imagenet(folder, row.images, row.layout, file)
+    paths = [path for part in PARTS for path, _ in lists[part]]
+    missing = [path for path in paths if not os.path.isfile(folder / path)]
+    if missing:
+        raise BadInput(
+            f"{len(missing):,} of {len(paths):,} images of {dataset} are missing,"
+            f" the first is {folder / missing[0]}"
+        )
+    return names, lists
+
+
+def are_the_fields(dataset, lists):
+    """Whether few-shot samples of these lists are CoOp's, image for image. Prints if their sizes
+    are not those of the field's split."""
+    row, counts = DATASETS[dataset], tuple(len(lists[part]) for part in PARTS)
+    if not all(n in (None, found) for n, found in zip(row.counts, counts)):
+        expected = tuple("any" if n is None else n for n in row.counts)
+        print(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
+        print("  NOT comparable with the field's")
+        return False
+    return row.layout in ("split", "aircraft")  # ImageNet's depends on the disk's file order
+
+
+def _lists(row, folder):
+    """The file that describes the images: the split file. For ImageNet and its variants it is
+    classnames.txt, the variant's own if there is one, otherwise ImageNet's."""
+    own = folder / (row.split or "classnames.txt")
+    shared = folder.parent / DATASETS["imagenet"].folder / own.name
+    return own if row.split or own.is_file() else shared
 
 
 def read_split_file(file, images):
@@ -92,6 +159,87 @@ def names_of(classes, names, file):
         if not names.get(folder):
             raise BadInput(f"{file} has no name for the folder {folder}: a line is folder and name")
     return [names[folder] for folder in classes]
+
+
+# ---------------------------------------------------------------------------- folders of your own
+
+
+def read_own(folder):
+    """Reads `<class>/*`, or `{train,val,test}/<class>/*` where val may be absent. Returns (`folder`
+    or `seeded`, the class folders, class names, lists)."""
+    parts = part_folders(folder)
+    if parts and not {"train", "test"} <= parts.keys():
+        raise BadInput(
+            f"{folder} has a folder {[*parts.values()][0]}/, and needs both train/ and test/ then"
+        )
+    classes = sorted({c for part in parts.values() or [""] for c in class_folders(folder / part)})
+    file = folder / "classnames.txt"
+    names = read_class_names(file) if file.is_file() else dict(zip(classes, classes))
+    names = [readable(name) for name in names_of(classes, names, file)]
+
+    def images(below):
+        found = image_files(folder, below, classes)
+        return [(path, label) for path, label in found if os.path.isfile(folder / path)]
+
+    if parts:
+        lists = {part: images(parts[part]) if part in parts else [] for part in PARTS}
+    else:
+        lists = seeded_lists(images(""))
+    _say_what_is_guessed(folder, lists, depth=2 if parts else 1)
+    return "folder" if parts else "seeded", classes, names, lists
+
+
+def seeded_lists(items):
+    """A split of our own: 50% train, 20% val, 30% test of each class.
+
+    The sorted paths of each class are shuffled with seed 0, not --seed: test images never change.
+    """
+    by_label, lists = defaultdict(list), {part: [] for part in PARTS}
+    for path, label in items:
+        by_label[label].append((path, label))
+    for own in by_label.values():
+        random.Random(0).shuffle(own)
+        n_train = round(0.5 * len(own))
+        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # one of three is for test
+        lists["train"] += own[:n_train]
+        lists["val"] += own[n_train : n_train + n_val]
+        lists["test"] += own[n_train + n_val :]
+    return lists
+
+
+def _say_what_is_guessed(folder, lists, depth):
+    """Prints which files in your own folder are not used as images, and which images count towards
+    a class although they are in a subfolder of its folder."""
+    used = {path for part in PARTS for path, _ in lists[part]}
+    left_out = [f for f in files_below(folder) if f not in used and f != "classnames.txt"]
+    found = {
+        "files are not images in a class folder and are left out": left_out,
+        "images lie deeper in their class folder": sorted(p for p in used if p.count("/") > depth),
+    }
+    for what, paths in found.items():
+        if paths:
+            print(f"{folder}: {len(paths):,} {what}, the first is {paths[0]}")
+
+
+def check_classes(dataset, folder, class_names, lists, may_lack_train):
+    """Raises BadInput unless every class has images in train and in test."""
+    parts = [part for part in PARTS if lists[part]]
+    if not parts:
+        what = "images" if class_names else "class folders"
+        raise BadInput(f"no {what} in {folder}: expected {folder}/<class>/<image>")
+    for name in (str(folder), *class_names):
+        if not name.strip() or name.encode(errors="ignore").decode() != name:
+            raise BadInput(f"{folder}: {name!r} is not valid Unicode: rename the folder")
+    if len(class_names) == 1:
+        raise BadInput(f"{folder} has one class only, {class_names[0]!r}")
+    for part in ["test"] if may_lack_train and parts == ["test"] else ["train", "test"]:
+        present = {label for _, label in lists[part]}
+        for label, name in enumerate(class_names):
+            if label not in present:
+                raise BadInput(
+                    f"{dataset}: the class {name!r} has no image in {part}, where every"
+                    " class needs one"
+                )
 
 
 def part_folders(folder):

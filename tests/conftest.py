@@ -18,7 +18,7 @@ from PIL import Image
 
 import eval
 import train
-from lib import features, report, runs, world
+from lib import features, pictures, runs, world
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def outside_world(cache):
 def no_pictures(monkeypatch):
     """Pictures of runs are empty files: to draw them takes longer than a short run."""
     for draw in ("router_picture", "samples_picture"):
-        monkeypatch.setattr(report, draw, lambda *what_and_path: what_and_path[-1].touch())
+        monkeypatch.setattr(pictures, draw, lambda *what_and_path: what_and_path[-1].touch())
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def stopped_after(epoch):
     """A training inside is stopped right after it has saved the state of an epoch."""
     save = runs.save_torch
 
-    def save_and_stop(content, path):
-        save(content, path)
+    def save_and_stop(content, *where):
+        save(content, *where)
         if content["epoch"] == epoch:
             raise KeyboardInterrupt
 

@@ -22,8 +22,8 @@ import eval
 import train
 from data import load_split
 from lib.catalogue import template_groups
+from lib.errors import BadInput
 from lib.features import as_clip_reads, load_image
-from lib.runs import BadInput
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -434,7 +434,7 @@ def test_clip_as_it_is_is_the_one_computed_apart(
         assert found["n_prompts"] == 0 and found["prompt_usage"] == {}
     assert not (tmp_path / "run/router.png").exists()
     with pytest.raises(BadInput, match="has no prompts"):
-        eval.nearest_words("run")
+        eval.nearest_words(eval.load_run("run"))
     names = ["sea", "lake", "old forest"]  # of one's own, with the run's templates
     images = [Image.open(pets.images / path) for path, _ in items]
     found_names, probabilities, _ = eval.load_run("run").classify(images, names)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.clip_model import load_clip
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from clip.model import CLIP
 
 from lib.clip_model import load_clip
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 
 def check_weights(model, expected):

@@ -10,7 +10,7 @@ from conftest import HERE
 
 from data import Item, Split, few_shot, load_split, select_classes
 from lib.catalogue import DATASETS
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road"]
 

@@ -12,7 +12,7 @@ from conftest import HERE, draw_image, train_run
 import eval
 from data import few_shot, full_dataset, load_split
 from lib.catalogue import DATASETS, Row, row_of, template_groups
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 VARIANTS = ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]

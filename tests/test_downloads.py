@@ -25,7 +25,7 @@ from data import load_split
 from lib import clip_model, download
 from lib.catalogue import DATASETS, HUB, REVISION, archive_url
 from lib.clip_model import load_clip
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 SPLIT = "split_zhou_EuroSAT.json"
 

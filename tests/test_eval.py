@@ -9,8 +9,8 @@ import torch
 from conftest import checkpoint, draw_image
 
 import eval
-from lib import report
-from lib.runs import BadInput
+from lib import answers
+from lib.errors import BadInput
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -94,18 +94,9 @@ def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
     assert words == [["v1", "a"], ["v2", "of"], ["v3", "a"], ["v4", "nice"], ["v5", "kind"]]
 
 
-def test_pictures_go_where_the_runs_are(own_run, run_eval, monkeypatch):
-    monkeypatch.setattr(
-        report, "draw_pictures", lambda runs, folder: (folder / "x.png").touch() or ["x.png"]
-    )
-    status, lines, _ = run_eval("--plots", own_run.parent)
-    assert (status, lines) == (0, [f"saved in {own_run.parent}: x.png"])
-    assert (own_run.parent / "x.png").exists()
-
-
 def test_every_prompt_with_a_weight_is_told():
     weights = torch.tensor([0.04, 0.0, 0.95, 0.01])
-    assert eval.used_prompts(weights, ["a", "b", "c", "d"]) == ["95% c", "4% a", "1% d"]
+    assert answers.used_prompts(weights, ["a", "b", "c", "d"]) == ["95% c", "4% a", "1% d"]
 
 
 def test_a_run_whose_files_have_moved_is_told_where_they_are(

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from clip.model import CLIP
 from test_prompts import largest_difference
 
+from lib.errors import BadInput
 from lib.fast_clip import encode_images
 from lib.features import learnable_part
-from lib.runs import BadInput
 
 
 def vit(layers=3, width=128, patch=8):

@@ -27,8 +27,8 @@ from PIL import Image
 from data import Item, Split, load_split
 from lib import features, world
 from lib.clip_model import load_clip
+from lib.errors import BadInput
 from lib.features import image_features
-from lib.runs import BadInput
 
 
 @pytest.fixture(autouse=True)

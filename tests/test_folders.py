@@ -12,11 +12,12 @@ from PIL import Image
 import eval
 import train
 from data import Item, Split, load_split, select_classes
-from lib import features, report
+from lib import features, results
+from lib.answers import find_photos
 from lib.catalogue import read_groups
+from lib.errors import BadInput
 from lib.features import image_features
-from lib.photos import find_photos
-from lib.runs import BadInput, find_runs
+from lib.runs import find_runs
 from prompts import PromptError
 
 
@@ -255,7 +256,7 @@ def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(two, 
         assert train_on(folder, tmp_path / f"out/{i}")["dataset"] == "images"
         train_on(make(tmp_path / f"other{i}", "cow", "hen"), tmp_path / f"out/other{i}")
         first = eval.evaluate(tmp_path / f"out/other{i}", str(folder))
-    table = report.runs_table(find_runs(tmp_path / "out")).splitlines()
+    table = results.runs_table(find_runs(tmp_path / "out")).splitlines()
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     others = [str(tmp_path / f"other{i}") for i in range(2)]
     folders = list(map(str, two))
@@ -265,7 +266,9 @@ def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(two, 
 
     # A run keeps one evaluation of a name.
     run = tmp_path / "out/other1"
-    with pytest.raises(BadInput, match=f"holds numbers of another images: rename {two[0]}"):
+    with pytest.raises(
+        BadInput, match=f"already holds results for another dataset named images: rename {two[0]}"
+    ):
         eval.evaluate(run, str(two[0]))
     assert json.loads((run / "eval_images_all.json").read_text()) == first
     assert eval.evaluate(run, str(two[1])) == first
@@ -283,14 +286,16 @@ def test_a_folder_that_has_moved_is_still_the_runs_own(two, train_on, tmp_path):
     (tmp_path / "groups.txt").write_text("a painting of a {}.\n\nmany {}.\n")
     run = tmp_path / "out/run"
     result = train_on(two[0], run, "--groups", tmp_path / "groups.txt", "--method", "ensemble")
-    with pytest.raises(BadInput, match=f"holds numbers of another images: rename {two[1]}"):
+    with pytest.raises(
+        BadInput, match=f"already holds results for another dataset named images: rename {two[1]}"
+    ):
         eval.evaluate(run, str(two[1]))  # which has other classes
     (tmp_path / "there").mkdir()
     moved = two[0].rename(tmp_path / "there/images")
     again = eval.evaluate(run, str(moved))
     for key in ("accuracy", "ensemble_accuracy", "per_class_accuracy"):
         assert again[key] == result[key]  # with the run's own templates
-    assert str(moved) not in report.runs_table(find_runs(tmp_path / "out"))
+    assert str(moved) not in results.runs_table(find_runs(tmp_path / "out"))
 
 
 def test_a_folder_with_the_name_of_a_known_dataset_is_not_that_dataset(
@@ -299,7 +304,9 @@ def test_a_folder_with_the_name_of_a_known_dataset_is_not_that_dataset(
     run_train(f"{small} --method zeroshot --shots 1")
     split = load_split("eurosat", eurosat)
     make(tmp_path / "eurosat", *split.class_names, n=3)
-    with pytest.raises(BadInput, match="holds numbers of another eurosat: rename"):
+    with pytest.raises(
+        BadInput, match="already holds results for another dataset named eurosat: rename"
+    ):
         eval.evaluate(tmp_path / "run", str(tmp_path / "eurosat"))
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 import eval
 import train
-from lib import features, report, runs
+from lib import errors, features, files, pictures, runs, settings
 from lib.baselines import group_templates
 from lib.clip_model import TINY_CLIP
-from lib.runs import BadInput
+from lib.errors import BadInput
 from prompts import PromptError
 
 SHORT = "--shots 1 --epochs 2"
@@ -48,7 +48,7 @@ def files_of(folder):
 def test_neither_a_notebooks_backend_nor_a_docstring_is_needed(monkeypatch):
     """Colab and Jupyter name a backend for every command; Python may have dropped docstrings."""
     monkeypatch.setenv("MPLBACKEND", "not_installed")
-    runs.exit_on_bad_input(runs.Parser(None).format_help)
+    errors.exit_on_bad_input(settings.Parser(None).format_help)
     assert "MPLBACKEND" not in os.environ
 
 
@@ -56,7 +56,7 @@ def test_pictures_know_nothing_of_the_users_settings_nor_of_formulas(tmp_path):
     result = {"dataset": "d", "classes": "all", "prompt_usage": {"{}": 1.0}}
     result["router"] = {"rows": ["cat", "from $5 to $$ \\frac$"], "share": [[1.0], [1.0]]}
     with matplotlib.rc_context({"savefig.facecolor": "red", "text.usetex": True}):
-        report.router_picture(result, tmp_path / "router.png")
+        pictures.router_picture(result, tmp_path / "router.png")
         assert matplotlib.rcParams["savefig.facecolor"] == "red"
     assert np.asarray(Image.open(tmp_path / "router.png"))[0, 0].tolist() == [255] * 4
 
@@ -65,19 +65,19 @@ def test_pictures_know_nothing_of_the_users_settings_nor_of_formulas(tmp_path):
 def test_a_picture_that_fails_is_a_line(
     reason, run_train, run_eval, small, tmp_path, monkeypatch, capsys
 ):
-    save = report.save_figure
+    save = pictures.save_figure
 
     def failing(*arguments, **options):
         with disk_that_holds(100):
             save(*arguments, **options)
 
-    monkeypatch.setattr(report, "save_figure", failing)
+    monkeypatch.setattr(pictures, "save_figure", failing)
     if reason == "no matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # the import fails
     result = run_train(f"{small} {SHORT}")
     assert files_of(tmp_path / "run") == ["checkpoint.pt", "result.json"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the router's picture is missing: cannot draw: ")
+    assert line.startswith("the router's picture is missing: cannot ")
     assert reason.removeprefix("no ") in line
 
     status, _, errors = run_eval(tmp_path / "run")
@@ -125,27 +125,34 @@ def test_memory_that_runs_out_is_a_line(what, small, monkeypatch, tmp_path, caps
         raise MemoryError
 
     monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
-    place, name, way_out = WHERE[what]
+    place, name, _ = WHERE[what]
     monkeypatch.setattr(place, name, fail)
     words = *small.split(), *SHORT.split(), "--out", str(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as end:
         train.main()
     assert end.value.code == 2 and not (tmp_path / "run").exists()
-    assert capsys.readouterr().err == f"out of memory while {what}: try {way_out}\n"
+    said = "out of memory: try a smaller --chunk or --batch-size, or another --device"
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_a_lack_of_memory_is_known_by_its_words():
-    assert all(runs.out_of_memory(RuntimeError(words)) for words in NO_MEMORY)
-    with pytest.raises(RuntimeError, match="size mismatch"), runs.doing("x", "y"):
+    assert all(errors.out_of_memory(RuntimeError(words)) for words in NO_MEMORY)
+
+
+def test_another_error_keeps_its_traceback():
+    def fail():
         raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        errors.exit_on_bad_input(fail)
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_damaged_checkpoint(own_run, monkeypatch):
     def fail(*arguments, **options):
         raise MemoryError
 
-    for place, name in ((runs.torch, "load"), (eval, "make_model")):
+    for place, name in ((files.torch, "load"), (eval, "make_model")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fail)
             with pytest.raises(MemoryError):

@@ -41,6 +41,6 @@ def test_the_words_nearest_to_a_prompt_are_those_of_least_distance(
     known, embeddings = sorted(known_tokens(run.clip_model)), run.clip_model.token_embedding.weight
     vector = run.model.prompts.context_before[0][1]
     distances = (embeddings[known] - vector).norm(dim=-1)
-    words = eval.nearest_words(tmp_path / "run")[run.model.templates[0]][1]
+    words = eval.nearest_words(run)[run.model.templates[0]][1]
     for (word, distance), i in zip(words, distances.argsort()[:3].tolist(), strict=True):
         assert word == words_of([known[i]])[0] and abs(distance - distances[i]) < 2e-3

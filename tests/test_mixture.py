@@ -9,7 +9,7 @@ from conftest import config_of, unit
 import prompts
 import router
 import train
-from lib import parallel
+from lib import parallel, results
 from lib.features import CachedImages
 from prompts import template_features
 from router import Router
@@ -100,7 +100,7 @@ def test_an_epoch_needs_no_number_from_the_device(random_clip, monkeypatch, word
             if isinstance(value, torch.Tensor):
                 setattr(part, name, value.to("meta"))
     model.prompts.frozen, encoder.clip_model = (clip_model,), clip_model
-    monkeypatch.setattr(train, "print_epoch", lambda *_: None)  # may wait: once an epoch
+    monkeypatch.setattr(results, "print_epoch", lambda *_: None)  # may wait: once an epoch
     monkeypatch.setattr(parallel, "mixed_dtype", lambda device: torch.bfloat16)
     images = CachedImages(torch.zeros(8, 2, 64, device="meta"))
     train.fit(model.to("meta"), images, torch.zeros(8, dtype=torch.long, device="meta"), hard)

@@ -11,7 +11,7 @@ import torch
 from conftest import same_parameters
 
 from lib import parallel
-from lib.runs import BadInput
+from lib.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,10 @@ from PIL import Image
 import eval
 import train
 from eval import load_run
-from lib import features, report, world
-from lib.photos import find_photos, open_photo, remarks, say_remarks, upright_rgb, write_csv
-from lib.runs import BadInput
+from lib import features, pictures, world
+from lib.answers import find_photos, write_csv
+from lib.errors import BadInput
+from lib.photos import open_photo, remarks, say_remarks, upright_rgb
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def tiny_world():
     """The built-in world with 8 test images per class, and runs without a picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(world.PER_CLASS, "test", 8)
-        patch.setattr(report, "router_picture", lambda result, path: None)
+        patch.setattr(pictures, "router_picture", lambda result, path: None)
         yield
 
 

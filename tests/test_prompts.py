@@ -19,8 +19,8 @@ from conftest import HERE
 import train
 from lib.catalogue import DATASETS, all_templates, read_groups, template_groups
 from lib.clip_model import load_clip
+from lib.errors import BadInput
 from lib.fast_text import FastTextEncoder
-from lib.runs import BadInput
 from prompts import PromptError, SoftPrompts, TextEncoder, template_features
 
 NAMES = ["cat", "Annual Crop Land", "long-sleeved t-shirt"]

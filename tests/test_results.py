@@ -1,151 +1,275 @@
-"""The page of results: it shows what was kept, and its tables can be worked out by hand."""
+"""Numbers, tables and pictures: the runs' own numbers, under the right names."""
 
 import json
 
-import clip
-import plain
+import numpy as np
 import pytest
 import torch
-from conftest import HERE, config_of
-from pytest import approx
+from PIL import Image
 
 import eval
-from data import load_split, select_classes
-from lib.report import harmonic_mean
-from lib.world import TASKS
-from tools import reproduce
-from tools.reproduce import SHIFTED, TABLES, Results, filled, run_job
-from tools.why import why
+from data import load_split
+from lib import pictures, results
+from lib.errors import BadInput
+from lib.features import image_features
+from lib.runs import find_runs
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+PROMPTS = ["a photo of a {}.", "a sketch of a {}.", "{} texture."]
+STYLES = ["photo", "sketch"]
 
 
-def run(dataset, classes, label, seed, accuracy, new=None, parts=None, **changed):
-    task = {"dataset": dataset, "classes": classes, "shots": 16, "seed": seed, "clip": "bundled"}
-    result = task | {
-        "config": task | {"groups": "dataset"}, "method": label.split("-")[0], "label": label,
-        "changed_flags": changed, "accuracy": accuracy, "val_accuracy": accuracy + 1,
-        "zero_shot_accuracy": 50.0, "ensemble_accuracy": 60.0, "n_prompts": 8,
+def run(method="mocoop", shots=16, seed=1, accuracy=80.0, classes="all", others=(), **changed):
+    """A run as `find_runs` gives it. Its router's table begins with seed / 10.
+
+    others: (dataset, classes, accuracy) of its evaluations. changed: its other settings.
+    """
+    first, clip = seed / 10, changed.get("clip", "ViT-B/16")
+    result = {
+        "dataset": "eurosat", "classes": classes, "shots": shots, "seed": seed, "method": method,
+        "clip": clip, "accuracy": accuracy, "zero_shot_accuracy": 50.0 + seed,
+        "ensemble_accuracy": 60.0, "changed_flags": changed, "n_prompts": 3, "n_train": 40,
+        "label": "-".join([method, *(f"{k}{v}" for k, v in changed.items())]),
+        "prompt_usage": dict.fromkeys(PROMPTS, 1 / 3),
+        "router": {"rows": STYLES, "share": [[first, 0.9 - first, 0.1], [0.2, 0.7, 0.1]]},
+        "config": {
+            "dataset": "eurosat", "classes": classes, "seed": seed, "shots": shots, "clip": clip,
+            "groups": "auto" if changed.get("groups") == "auto" else "dataset",
+        },
     }  # fmt: skip
-    return [result, [result | {"classes": "new", "accuracy": new}] if new else [], parts]
+    keys = "dataset", "classes", "accuracy"
+    return result, [result | dict(zip(keys, other)) for other in others]
 
 
-def lines():
-    """MoCoOp has 80 + the task's number, CoOp 1 less with seed 1, 2 less with seed 2, 3 with 3."""
-    for n, task in enumerate(TASKS):
-        for seed in (1, 2, 3):
-            yield run(task, "all", "mocoop", seed, 80.0 + n)
-            yield run(task, "all", "coop", seed, 80.0 + n - seed)
-            yield run(task, "base", "mocoop", seed, 90.0, new=70.0 + n)
-            yield run(task, "base", "coop", seed, 90.0, new=71.0 + n)
-    yield run("shapes", "all", "mocoop-top_k1", 1, 75.0, top_k=1)
-    yield run("shapes", "all", "mocoop-top_k1", 2, 77.0, top_k=1)
-    yield run("shapes", "all", "coop-lr0.01", 1, 70.0, lr=0.01)
+# ------------------------------------------------------------------------------------- numbers
 
 
-def cells(name, first, made=None):
-    """What stands in a table's row behind its first cells."""
-    rows = TABLES[name](Results(list(made or lines())))
-    (row,) = [row for row in rows if row[: len(first)] == first]
-    return row[len(first) :]
+def test_of_two_classes_with_one_name_both_keep_their_accuracy():
+    """ImageNet has a few."""
+    answers, labels = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 1, 2, 0])
+    found = results.per_class_accuracy(answers, labels, ["crane", "sea", "crane", "fox"])
+    assert found == {"crane": 66.67, "sea": 50.0, "crane (2)": 100.0, "fox": None}
 
 
-def test_means_are_over_tasks_first_and_then_over_seeds():
-    h = sum(harmonic_mean(90, 71 + n) for n in range(4)) / 4
-    # 81.5 less the seed
-    assert cells("methods", ["CoOp"]) == ["79.5 ± 0.8", "90.0", "72.5", f"{h:.1f}"]
-    assert cells("tasks", ["shapes_many", "MoCoOp"])[:3] == ["82.0", "90.0", "72.0"]
-    missing = [x for x in lines() if (x[0]["dataset"], x[0]["seed"]) != ("shapes_cold", 2)]
-    assert cells("methods", ["CoOp"], missing)[0] == "79.5 ± 1.0"  # the first and third seed
+# -------------------------------------------------------------------------------------- tables
 
 
-def test_methods_are_compared_run_by_run():
-    row = cells("paired", ["CoOp"])
-    assert row[:3] == ["+2.0 ± 0.8", "+0.0", "-1.0"]  # 1, 2, 3 better on each task
-    assert row[4:] == ["12 of 12", "0 of 12"]
+def rows(runs):
+    """The rows of the Markdown table as dictionaries."""
+    header, _, *lines = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in results.runs_table(runs).splitlines()
+    ]
+    return [dict(zip(header, line)) for line in lines]
 
 
-def test_ablations_are_differences_to_the_published_setting_of_the_same_seed():
-    assert cells("ablations", ["`--top-k 1`"])[0] == "-4.0 ± 1.0"  # 5 and 3 less than 80
-    assert cells("rates", ["coop", 0.01]) == [1, "71.0 ± 0.0", "70.0 ± 0.0"]
+def row_of(runs, method="mocoop"):
+    (row,) = [row for row in rows(runs) if row["method"] == method]
+    return row
 
 
-def test_exchanged_parts_have_a_column_per_task_and_half():
-    made = list(lines())
-    for n, task in enumerate(TASKS):
-        for seed in (1, 2, 4):  # not every task has the fourth
-            halves = {"base": 80.0 + n + seed, "new": 60.0 + n + seed}
-            parts = {half: {"accuracy": {"router, prompts": x}} for half, x in halves.items()}
-            made.append(run(task, "base", "mocoop", seed, 90.0, parts=parts))
-    row = cells("why", ["router, prompts"], made)
-    assert row[:2] == ["83.0", "63.0"]
-    assert row[2:] == ["81.5", "82.5", "83.5", "84.5", "61.5", "62.5", "63.5", "64.5"]
+def test_the_table_averages_over_seeds_with_the_population_deviation():
+    runs = [run(seed=s, accuracy=a) for s, a in ((1, 80.0), (2, 84.0), (6, 88.0))]
+    runs += [run(accuracy=70.0, top_k=1), run("balanced", accuracy=60.0)]
+    assert row_of(runs)["accuracy"] == "84.0 ± 3.3"  # sqrt(32 / 3) = 3.27
+    assert row_of(runs)["seeds"] == "3"
+    assert row_of(runs, "mocoop-top_k1")["accuracy"] == "70.0"
+    assert row_of(runs, "balanced")["accuracy"] == "60.0"  # a method that is not here
+    assert row_of(runs, "zero-shot")["accuracy"] == "53.0 ± 2.2"  # sqrt(14 / 3) = 2.16
+    assert row_of(runs, "ensemble")["accuracy"] == "60.0"
 
 
-def test_the_pages_show_the_results_that_are_kept(monkeypatch):
-    monkeypatch.chdir(HERE.parent)
-    results = Results(reproduce.read_results())
-    for page in reproduce.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert filled(text, results) == text, page
-    assert all(f"<!-- {name} -->" in text for name in TABLES)  # of docs/RESULTS.md
+def test_h_is_of_the_mean_base_and_the_mean_new_accuracy_of_seeds_with_both():
+    runs = [
+        run(seed=s, accuracy=base, classes="base", others=[("eurosat", "new", new)])
+        for s, base, new in ((1, 90.0, 50.0), (2, 80.0, 70.0))
+    ]
+    row = row_of(runs)
+    assert (row["accuracy"], row["new"]) == ("85.0 ± 5.0", "60.0 ± 10.0")
+    assert row["H"] == "70.3"  # 2 * 85 * 60 / 145
+    assert row_of([*runs, run(seed=3, accuracy=10.0, classes="base")])["H"] == "70.3"
 
 
-def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
-    made = [config_of(*words.split())["out"] for words in reproduce.jobs()]
-    kept = []
-    for result, others, parts in reproduce.read_results(HERE.parent / reproduce.RESULTS):
-        name = "{label}_{shots}shot_{classes}_seed{seed}".format(**result)
-        kept.append(f"out/{result['dataset']}/{name}")
-        asked = [{"dataset": result["dataset"], "classes": "all"} | target
-                 for target in reproduce.evaluations(result)]  # fmt: skip
-        found = [{key: other[key] for key in ("dataset", "classes")} for other in others]
-        assert sorted(found, key=str) == sorted(asked, key=str)
-        seen = ["base", "new"] if result["classes"] == "base" else ["all", *SHIFTED]
-        assert list(parts or []) == (seen if reproduce.is_taken_apart(result) else [])
-    assert made == kept and len(set(made)) == len(made)
+def test_h_has_the_deviation_of_the_seeds_own():
+    columns = {"accuracy": {1: 90.0, 2: 60.0}, "new": {2: 60.0, 1: 45.0}}
+    assert results.mean_h(columns) == pytest.approx((2 * 75 * 52.5 / 127.5, 0.0))
 
 
-def test_a_run_is_made_and_evaluated_once(tmp_path, small_world, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce.torch, "set_num_threads", lambda n: None)
-    words = "--method mocoop --shots 1 --epochs 1 --classes base"
-    first = run_job(words)
-    assert [other["classes"] for other in first[1]] == ["new"]
-    assert run_job(words) == first  # with its seconds
+def test_clip_as_it_is_has_its_own_numbers_in_every_column():
+    runs = []
+    for seed in (1, 2):
+        result, [other] = run(seed=seed, classes="base", others=[("eurosat", "new", 70.0)])
+        other |= {"zero_shot_accuracy": 41.0 + seed, "ensemble_accuracy": 45.0}
+        runs.append((result, [other]))
+    row = row_of(runs, "zero-shot")
+    assert (row["accuracy"], row["new"]) == ("51.5 ± 0.5", "42.5 ± 0.5")
+    assert row_of(runs, "ensemble")["new"] == "45.0"
 
 
-def test_a_mixture_is_taken_apart_into_what_it_was(
-    run_train, small, eurosat, random_clip, tmp_path
-):
-    result = run_train(f"{small} --shots 4 --epochs 6 --views 1 --classes base")
-    new = eval.evaluate(tmp_path / "run", classes="new")
-    parts = why(tmp_path / "run")
-    assert parts == json.loads((tmp_path / "run/why.json").read_text())
-    assert parts["base"]["accuracy"]["router, prompts"] == result["accuracy"]
-    assert parts["new"]["accuracy"]["router, prompts"] == new["accuracy"]
-
-    split = select_classes(load_split("eurosat", eurosat), "new")
-    names, y = split.class_names, split.labels(split.test)
-    pixels = [clip.clip._transform(32)(split.open(item.path)) for item in split.test]
-    with torch.no_grad():
-        f = plain.unit(random_clip.encode_image(torch.stack(pixels)))
-        hard = {t: plain.hard_features(random_clip, t, names) for g in plain.EUROSAT for t in g}
-    p = plain.prototypes(hard, plain.EUROSAT)  # (G, C, D)
-    similar = torch.einsum("bd,gbd->bg", f, p[:, y])
-    best = similar >= similar.sort(dim=-1, descending=True)[0][:, 1:2]  # the two best of six
-    target = (similar + 10 * best).softmax(-1)
-    for routing, w in (("equal weights", torch.full_like(target, 1 / 6)), ("target", target)):
-        answers = torch.einsum("bg,gcd,bd->bc", w, p, f).argmax(-1)
-        expected = 100 * (answers == y).float().mean().item()
-        found = parts["new"]["accuracy"][f"{routing}, prototypes"]
-        assert found == approx(expected, abs=0.006)
-    cosines = torch.stack([q[a] @ q[b] for q in p for a in range(5) for b in range(a)])
-    found = parts["new"]["classes"]["cosine of two classes, prototypes"]
-    assert found == approx(cosines.mean().item(), abs=1e-4)
+def test_an_ensemble_of_other_templates_has_a_row_of_its_own():
+    result, _ = run(groups="mine.txt")
+    runs = [run(), run(groups="auto")]  # the same templates, in other groups
+    runs += [(result | {"ensemble_accuracy": 33.0}, [])]
+    found = {row["method"]: row["accuracy"] for row in rows(runs)}
+    assert (found["ensemble"], found["ensemble-groupsmine.txt"]) == ("60.0", "33.0")
 
 
-def test_a_learned_image_encoder_is_taken_apart_with_its_own_features(run_train, small, tmp_path):
-    result = run_train(f"{small} --shots 2 --epochs 3 --image-side prompts --lr 1")
-    found = why(tmp_path / "run")["all"]["accuracy"]["router, prompts"]
-    assert found == result["accuracy"]
+def test_clip_as_it_is_has_one_row():
+    found = rows([run("zeroshot", accuracy=51.0)])
+    assert [(row["method"], row["accuracy"]) for row in found] == [
+        ("ensemble", "60.0"),
+        ("zero-shot", "51.0"),
+    ]
+
+
+def test_every_other_task_has_a_column():
+    others = [("dtd", "base", 1.0), ("dtd", "new", 2.0), ("eurosat", "new", 3.0)]
+    runs = [run(classes="base", others=[*others, ("eurosat", "base", 9.0)])]
+    runs += [run(others=[("eurosat", "new", 70.0), ("dtd", "all", 40.0)])]
+    found = {row["classes"]: row for row in rows(runs) if row["method"] == "mocoop"}
+    base, every = found["base"], found["all"]
+    assert (base["dtd"], base["dtd new"], base["new"]) == ("1.0", "2.0", "3.0")
+    assert (every["dtd"], every["new"], every["H"]) == ("40.0", "70.0", "–")  # H is of base runs
+    assert base["accuracy"] == "80.0"  # not that of the evaluation on its own task
+
+
+def test_runs_with_other_clips_are_in_other_rows():
+    found = rows([run(), run(clip="RN50", accuracy=60.0)])
+    accuracies = {row["CLIP"]: row["accuracy"] for row in found if "mocoop" in row["method"]}
+    assert accuracies == {"ViT-B/16": "80.0", "RN50": "60.0"}
+
+
+def test_what_is_not_a_result_is_named_and_left_out(tmp_path, capsys):
+    result, _ = run()
+    for name in ("run", "foreign"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    (tmp_path / "run/eval_notes.json").write_text("{}")
+    (tmp_path / "foreign/result.json").write_text(json.dumps({"accuracy": 80.0}))
+    assert find_runs(tmp_path) == [(result, [])]
+    foreign, notes = capsys.readouterr().err.splitlines()
+    assert "foreign/result.json is not the result of a run" in foreign
+    assert "run/eval_notes.json is not the result of a run" in notes
+    with pytest.raises(BadInput, match="no finished run below"):
+        find_runs(tmp_path / "foreign")
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{file name: figure} of what is drawn; the files stay empty."""
+    found = {}
+
+    def keep(figure, path, **options):
+        found[path.name] = figure
+        path.touch()
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    return found
+
+
+def heat_map(figure):
+    """(rows' names, columns' names, the numbers written in the cells), as they are seen."""
+    (axes,) = figure.axes
+    ticks = axes.get_yticklabels(), axes.get_xticklabels()
+    names = [[tick.get_text() for tick in side] for side in ticks]
+    cells = np.full((len(names[0]), len(names[1])), -1)
+    for text in axes.texts:
+        x, y = text.get_position()
+        cells[y, x] = int(text.get_text())
+    assert axes.images[0].get_clim() == (0, 1)
+    assert np.allclose(axes.images[0].get_array() * 100, cells, atol=0.51)
+    return *names, cells.tolist()
+
+
+def title(figure):
+    return figure.axes[0].get_title(loc="left")
+
+
+def lines(figure):
+    """{label: (x, y)}"""
+    drawn = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+    return {label: (list(x), list(y)) for label, (x, y) in drawn.items()}
+
+
+def test_of_many_classes_the_most_unusual_are_shown_under_their_names(figures, tmp_path):
+    result, _ = run()
+    share = np.full((100, 3), [0.5, 0.3, 0.2])
+    unusual = list(range(7, 87, 2))  # 40 of them
+    share[unusual] = [[0.1, 0.1 + i / 200, 0.8 - i / 200] for i in unusual]
+    result["router"] = {"rows": [f"class {i}" for i in range(100)], "share": share.tolist()}
+    pictures.router_picture(result, tmp_path / "router.png")
+    rows, _, cells = heat_map(figures["router.png"])
+    assert rows == [f"class {i}" for i in unusual]
+    assert np.allclose(cells, 100 * share[unusual], atol=0.51)
+    assert "(the 40 most unusual)" in title(figures["router.png"])
+
+
+def test_curves_are_means_over_seeds_of_the_methods_own_settings(figures, tmp_path):
+    runs = [run(shots=n, seed=s, accuracy=70.0 + n + s) for n in (16, 4, 8) for s in (1, 2, 3)]
+    runs += [run("coop", shots=n, accuracy=60.0 + n) for n in (4, 16)]
+    runs += [run(accuracy=1.0, top_k=1), run(accuracy=2.0, clip="RN50")]
+    runs += [run(accuracy=3.0, classes="base")]
+    pictures.draw_pictures(runs, tmp_path)
+    drawn = lines(figures["few_shot.png"])
+    assert drawn.keys() == {"mocoop", "coop", "zero-shot", "ensemble"}
+    assert drawn["mocoop"] == ([4, 8, 16], [76.0, 80.0, 88.0])
+    assert drawn["coop"] == ([4, 16], [64.0, 76.0])
+    assert drawn["zero-shot"][1] == [52.0, 52.0] and drawn["ensemble"][1] == [60.0, 60.0]
+
+
+def test_router_maps_are_means_over_seeds_at_the_most_shots(figures, tmp_path):
+    runs = [run(seed=s) for s in (1, 2, 6)] + [run(seed=9, shots=4), run(seed=9, top_k=1)]
+    runs += [run(seed=8, classes="base")]
+    pictures.draw_pictures(runs, tmp_path)
+    found = heat_map(figures["router.png"])
+    assert found == (STYLES, PROMPTS, [[30, 60, 10], [20, 70, 10]])
+    assert "16 shots, mean of 3 seeds" in title(figures["router.png"])
+
+
+def test_a_new_mixture_shows_in_every_picture(figures, tmp_path):
+    runs = [run(method, shots=n) for method in ("mocoop", "balanced") for n in (8, 16)]
+    pictures.draw_pictures(runs, tmp_path)
+    assert figures.keys() == {"few_shot.png", "router.png", "router_balanced.png"}
+    assert "balanced" in lines(figures["few_shot.png"])
+
+
+def test_datasets_are_drawn_apart(figures, tmp_path):
+    runs = [run(shots=shots) for shots in (8, 16)]
+    other = [(result | {"dataset": "dtd", "accuracy": 40.0}, []) for result, _ in runs]
+    pictures.draw_pictures(runs + other, tmp_path)
+    assert {"dtd_few_shot.png", "eurosat_few_shot.png", "dtd_router.png"} <= figures.keys()
+    assert lines(figures["dtd_few_shot.png"])["mocoop"][1] == [40.0, 40.0]
+    assert lines(figures["eurosat_few_shot.png"])["mocoop"][1] == [80.0, 80.0]
+
+
+def test_pictures_are_files_and_nothing_is_drawn_of_nothing(tmp_path, capsys):
+    with pytest.raises(BadInput, match="nothing to draw below"):
+        pictures.draw_pictures([run(epochs=1)], tmp_path)  # not the method's own settings
+    pictures.draw_pictures([run(shots=8), run()], tmp_path)
+    drawn = ["few_shot.png", "router.png"]
+    assert capsys.readouterr().out == f"saved in {tmp_path}: {', '.join(drawn)}\n"
+    for name in drawn:
+        assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
+def test_the_sheet_of_samples_shows_what_was_answered(own_run, eurosat, figures):
+    eval.evaluate(own_run)
+    run, split = eval.load_run(own_run), load_split("eurosat", eurosat)
+    features = image_features(run.clip_model, run.fingerprint, split, split.test)
+    names, probabilities, weights = run.classify(features)
+    images = [split.open(item.path).tobytes() for item in split.test]
+    sheet = [axes for axes in figures["samples_eurosat_all.png"].axes if axes.images]
+    shown = [images.index(np.asarray(axes.images[0].get_array()).tobytes()) for axes in sheet]
+    assert len(set(shown)) == 16
+    assert len({split.test[i].label for i in shown}) > 4  # from everywhere
+    n_wrong = 0
+    for axes, i in zip(sheet, shown):
+        truth, answer = names[split.test[i].label], names[probabilities[i].argmax()]
+        said = [truth] if answer == truth else [f"{truth},", f"taken for {answer}"]
+        for g in weights[i].argsort(descending=True)[:2].tolist():
+            said.append(f"{100 * weights[i, g]:.0f}% {run.model.templates[g]}")
+        assert axes.get_title(loc="left").split("\n") == said
+        n_wrong += answer != truth
+    assert 0 < n_wrong < 16

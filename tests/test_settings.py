@@ -9,7 +9,9 @@ from conftest import config_of
 
 import train
 from lib.catalogue import DATASETS
-from lib.runs import BadInput, run_label
+from lib.errors import BadInput
+from lib.runs import run_label
+from lib.settings import dashed, defaults_of
 
 # ------------------------------------------------------------------------------------- methods
 
@@ -65,6 +67,21 @@ def test_every_method_has_settings_for_every_dataset(method):
         assert config["clip"] == ("bundled" if dataset.startswith("shapes") else "ViT-B/16")
 
 
+@pytest.mark.parametrize("words", ["--method coop --shots 1 --help", "-h --shots 1 --method coop"])
+def test_help_shows_the_defaults_of_the_method_that_is_named(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        config_of(*words.split())
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "passes over the training images (default: 50)" in said  # CoOp's, with one shot
+    assert "how prompts get their weights (default: uniform)" in said
+    assert (
+        "initial words: template (the first of each group), random vectors, or one template" in said
+    )
+    assert "training images per class (default: 16)" in said and "None" not in said
+    assert all(dashed(name) in said for name in defaults_of(*train.SETTINGS.values()))
+
+
 # -------------------------------------------------------------------------------- from Python
 
 
@@ -97,21 +114,22 @@ NO_EFFECT = [  # also where the value that is given is the default
 
 @pytest.mark.parametrize("name, words, why", NO_EFFECT)
 def test_what_has_no_effect_is_refused(name, words, why):
-    with pytest.raises(BadInput, match=f"{train.dashed(name)} has no effect {why}"):
+    with pytest.raises(BadInput, match=f"{dashed(name)} has no effect {why}"):
         config_of(*words.split())
 
 
 def test_all_that_has_no_effect_was_tried():
     tried = {(name, why) for name, _, why in NO_EFFECT}
-    assert tried == {(name, why) for name, _, why in train.NO_EFFECT if why != "without prompts"}
+    every = {(name, why) for name, _, why in train.no_effect(config_of())}
+    assert tried == {(name, why) for name, why in every if why != "without prompts"}
 
 
 def test_a_baseline_has_no_settings_of_prompts():
     config = config_of("--method", "linear")
-    assert {"epochs", "init", "text_bias", "router", "lr"} <= train.PUBLISHED.keys()
-    for name, value in train.PUBLISHED.items():
+    assert {"epochs", "init", "text_bias", "router", "lr"} <= train.SETTINGS["method"].keys()
+    for name, value in defaults_of(train.SETTINGS["method"]).items():
         assert config[name] is None
-        with pytest.raises(BadInput, match=f"{train.dashed(name)} has no effect without prompts"):
+        with pytest.raises(BadInput, match=f"{dashed(name)} has no effect without prompts"):
             train.default_config(method="linear", **{name: value})
 
 
@@ -144,7 +162,7 @@ def test_every_setting_of_a_method_shows_in_the_runs_name():
     }  # fmt: skip
     task = {"dataset": "dtd", "classes": "base"}
     names = {train.default_config(**task)["out"]: "nothing changed"}
-    for name, value in train.PUBLISHED.items():
+    for name, value in defaults_of(train.SETTINGS["method"]).items():
         other = others.get(name) or (not value if isinstance(value, bool) else value + 1)
         groups = {"groups": "auto"} if name == "n_groups" else {}
         folder = train.default_config(**task, **{name: other}, **groups)["out"]

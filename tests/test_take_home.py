@@ -12,9 +12,9 @@ from conftest import unit
 
 import eval
 from data import load_split
-from lib import report
+from lib import answers, results
+from lib.errors import BadInput
 from lib.features import image_features
-from lib.runs import BadInput
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -42,7 +42,7 @@ def test_the_readmes_lines_give_the_runs_own_logits(flags, run_train, run_eval, 
 def test_what_would_give_another_answer_is_not_exported(flags, run_train, small, tmp_path):
     run_train(f"{small} --shots 1 {flags}")
     with pytest.raises(BadInput, match="cannot be exported"):
-        eval.export(tmp_path / "run", tmp_path / "run.npz")
+        answers.export(eval.load_run(tmp_path / "run"), tmp_path / "run.npz")
     assert not (tmp_path / "run.npz").exists()
 
 
@@ -72,7 +72,7 @@ def test_the_answer_for_every_test_image_is_written_as_a_table(
 
 def test_an_export_does_not_replace_a_runs_own_files(own_run):
     with pytest.raises(BadInput, match="in the run's own folder"):
-        eval.export(own_run, own_run / "checkpoint.pt")
+        answers.check_output(own_run / "checkpoint.pt", own_run)
 
 
 def test_macro_f1_and_confusion_are_those_worked_out_by_hand():
@@ -80,6 +80,6 @@ def test_macro_f1_and_confusion_are_those_worked_out_by_hand():
     answers = torch.tensor([0, 0, 0, 1, 1, 0, 0])
     names = ["cat", "dog", "fox"]
     expected = {"cat": {"cat": 3, "dog": 1}, "dog": {"dog": 1, "cat": 1}, "fox": {"cat": 1}}
-    assert report.confusion(answers, labels, names) == expected
+    assert results.confusion(answers, labels, names) == expected
     # F1: cat 2 * 3 / (4 + 5), dog 2 * 1 / (2 + 2), fox 0
-    assert report.macro_f1(answers, labels, 3) == round(100 * (6 / 9 + 1 / 2 + 0) / 3, 2)
+    assert results.macro_f1(answers, labels, 3) == round(100 * (6 / 9 + 1 / 2 + 0) / 3, 2)

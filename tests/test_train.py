@@ -11,7 +11,8 @@ import torch
 from conftest import same_parameters, stopped_after
 
 import train
-from lib.runs import BadInput, exit_on_bad_input, torch_bytes
+from lib.errors import BadInput, exit_on_bad_input
+from lib.files import torch_bytes
 
 RUN_FILES = ["checkpoint.pt", "result.json", "router.png"]
 FINISHED = "--shots 1 --epochs 2"  # the settings of `finished_run`

@@ -32,10 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib import fast_text, parallel, world
 from lib.catalogue import template_groups
 from lib.clip_model import load_clip
+from lib.errors import exit_on_bad_input
 from lib.fast_clip import Block, blocks_of, encode_images
 from lib.fast_text import FastTextEncoder
-from lib.report import markdown
-from lib.runs import Parser, at_least, exit_on_bad_input
+from lib.results import markdown
+from lib.settings import Parser, at_least
 from prompts import EOT, SoftPrompts, TextEncoder, hard_text
 from train import MoCoOp, compute_losses, default_config
 

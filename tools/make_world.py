@@ -23,7 +23,8 @@ from tqdm import tqdm
 from lib.catalogue import template_groups
 from lib.clip_model import TINY_CLIP
 from lib.features import as_clip_reads
-from lib.runs import Parser, save_torch
+from lib.files import save_torch
+from lib.settings import Parser
 from lib.world import CLASSES, COLOURS, DATASETS, SHAPES, SIZE, STYLES, draw
 
 SEED = 0

@@ -31,9 +31,11 @@ from tqdm import tqdm
 
 import eval
 import train
+from lib.errors import BadInput, exit_on_bad_input
 from lib.parallel import n_threads
-from lib.report import accuracies, cell, draw_pictures, harmonic_mean, markdown, mean_std
-from lib.runs import BadInput, Parser, exit_on_bad_input
+from lib.pictures import draw_pictures
+from lib.results import accuracies, cell, harmonic_mean, markdown, mean_std
+from lib.settings import Parser, dashed
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
 from tools.why import why
@@ -266,8 +268,10 @@ def real_table(lines):
     for run, *_ in lines:
         labels = {"zero-shot": "zero-shot", "ensemble": "ensemble", run["method"]: run["label"]}
         for method, label in labels.items():
-            found = results.measures(run["dataset"], label)
-            halves = ([*found[half].values()] or [np.nan] for half in ("base", "new"))
+            halves = (
+                [*results(run["dataset"], label, half).values()] or [np.nan]
+                for half in ("base", "new")
+            )
             means[run["dataset"], method] = tuple(map(np.mean, halves))
     for method in dict.fromkeys(method for _, method in means):
         every = [mean for (_, m), mean in means.items() if m == method]
@@ -286,48 +290,46 @@ def real_table(lines):
     return table
 
 
-# -------------------------------------------------------------------------------- their accuracies
+# ------------------------------------------------------------------------------- their accuracies
+
+MEASURES = "all", "base", "new", "H"
 
 
 class Results:
-    """The accuracies of all runs, {seed: percent} each."""
+    """The accuracies of all runs: `results(task, label, measure)` is {seed: percent}.
+
+    measure: one of MEASURES, or a shifted test set.
+    """
 
     def __init__(self, lines):
-        self.lines = lines
-        self.rows = {
-            (row.dataset, row.classes, row.label, row.shots): columns
-            for row, columns in accuracies([line[:2] for line in lines]).items()
-        }
+        self.lines, self.found = lines, defaultdict(lambda: defaultdict(dict))
+        for row, columns in accuracies([line[:2] for line in lines]).items():
+            for column, of in columns.items():
+                measure = row.classes if column == "accuracy" else column
+                self.found[row.dataset, row.label, row.shots][measure] |= of
+        for of in self.found.values():
+            both = of["base"].keys() & of["new"].keys()
+            of["H"] = {seed: harmonic_mean(of["base"][seed], of["new"][seed]) for seed in both}
 
-    def __call__(self, dataset, classes, label, shots=16, column="accuracy"):
+    def __call__(self, task, label, measure, shots=16, seeds=SHAPES_SEEDS):
         shots = 0 if label in ("zero-shot", "ensemble") else shots
-        return self.rows.get((dataset, classes, label, shots), {}).get(column, {})
+        found = self.found[task, label, shots][measure]
+        return {seed: found[seed] for seed in seeds if seed in found}
 
-    def measures(self, task, label, seeds=SEEDS):
-        """{"all" | "base" | "new" | "H": {seed: percent}} with 16 shots."""
-        base, new = (self(task, "base", label, column=column) for column in ("accuracy", "new"))
-        h = {seed: harmonic_mean(base[seed], new[seed]) for seed in base.keys() & new.keys()}
-        found = {"all": self(task, "all", label), "base": base, "new": new, "H": h}
-        return {m: {s: of[s] for s in seeds if s in of} for m, of in found.items()}
+    def each(self, label, measure):
+        """{(task, seed): percent} of the runs on all four tasks."""
+        found = {task: self(task, label, measure, seeds=SEEDS) for task in TASKS}
+        return {(task, seed): x for task, of in found.items() for seed, x in of.items()}
 
-    def of_all_tasks(self, label):
-        """{"all" | "base" | "new" | "H": {(task, seed): percent}}."""
-        found = defaultdict(dict)
-        for task in TASKS:
-            for m, of in self.measures(task, label).items():
-                found[m] |= {(task, seed): percent for seed, percent in of.items()}
-        return found
+    def mean(self, label, measure):
+        """{seed: the mean over the tasks}, for the seeds that every task has."""
+        each = self.each(label, measure)
+        rows = {seed: [each.get((task, seed), np.nan) for task in TASKS] for seed in SEEDS}
+        return {seed: np.mean(row) for seed, row in rows.items() if not np.isnan(row).any()}
 
-    def over_tasks(self, label):
-        """The same, averaged over the tasks, for the seeds that every task has."""
-        return {
-            m: {
-                seed: np.mean([of[task, seed] for task in TASKS])
-                for seed in SEEDS
-                if all((task, seed) in of for task in TASKS)
-            }
-            for m, of in self.of_all_tasks(label).items()
-        }
+    def less(self, label, other, measure):
+        """Run by run, `each` of one label minus that of another."""
+        return differences(self.each(label, measure), self.each(other, measure))
 
 
 def differences(one, other):
@@ -335,124 +337,110 @@ def differences(one, other):
     return {key: value - other[key] for key, value in one.items() if key in other}
 
 
-# -------------------------------------------------------------------------------------- the tables
+# ------------------------------------------------------------------------------------- the tables
+# Each is a function of `Results` that returns rows of cells, the heading first.
 
 
-def few_shot_table(results):
-    rows = [[NAMES[m], *(cell(results("shapes", "all", m, n)) for n in SHOTS)] for m in NAMES]
-    return [["shots", *SHOTS], *rows]
+def grid(heading, rows, columns, value, sign=""):
+    """rows: {its first cells: key}. value(key, column): the percents of a cell."""
+    cells = [[*name, *(cell(value(key, c), sign) for c in columns)] for name, key in rows.items()]
+    return [[*heading, *columns], *cells]
 
 
-def methods_table(results):
-    """The mean over the four tasks."""
-    rows = [[NAMES[m], *map(cell, results.over_tasks(m).values())] for m in NAMES]
-    return [["four tasks, 16 shots", "all", "base", "new", "H"], *rows]
+METHOD_ROWS = {(name,): label for label, name in NAMES.items()}
 
 
-def tasks_table(results):
-    rows = [
-        [task, NAMES[m], *map(cell, results.measures(task, m).values())]
-        for task in TASKS
-        for m in NAMES
-    ]
-    return [["task", "16 shots", "all", "base", "new", "H"], *rows]
+def few_shot_table(r):
+    return grid(["shots"], METHOD_ROWS, SHOTS, lambda m, n: r("shapes", m, "all", n))
 
 
-def shifted_table(results):
-    rows = [
-        [NAMES[m], *(cell(results("shapes", "all", m, column=target)) for target in SHIFTED)]
-        for m in NAMES
-    ]
-    return [["16 shots", *SHIFTED], *rows]
+def methods_table(r):
+    return grid(["four tasks, 16 shots"], METHOD_ROWS, MEASURES, r.mean)
 
 
-def paired_table(results):
+def tasks_table(r):
+    rows = {(task, name): (task, label) for task in TASKS for label, name in NAMES.items()}
+    return grid(["task", "16 shots"], rows, MEASURES, lambda key, what: r(*key, what, seeds=SEEDS))
+
+
+def shifted_table(r):
+    return grid(["16 shots"], METHOD_ROWS, SHIFTED, lambda m, target: r("shapes", m, target))
+
+
+def paired_table(r):
     """MoCoOp minus each other method, run by run: runs of the same task and seed share images."""
-    table = [["MoCoOp less", "all", "base", "new", "H", "better: all", "better: H"]]
-    ours = results.of_all_tasks("mocoop")
-    for method in list(NAMES)[:-1]:
-        theirs = results.of_all_tasks(method)
-        found = {m: differences(ours[m], theirs[m]) for m in ours}
-        cells = [cell(of, "+") for of in found.values()]
-        for of in (found["all"], found["H"]):
-            cells.append(f"{sum(v > 0 for v in of.values())} of {len(of)}" if of else "–")
-        table.append([NAMES[method], *cells])
+    rows = dict(list(METHOD_ROWS.items())[:-1])
+    table = grid(["MoCoOp less"], rows, MEASURES, lambda m, what: r.less("mocoop", m, what), "+")
+    for measure in ("all", "H"):
+        table[0].append(f"better: {measure}")
+        for row, label in zip(table[1:], rows.values()):
+            found = r.less("mocoop", label, measure).values()
+            row.append(f"{sum(x > 0 for x in found)} of {len(found)}" if found else "–")
     return table
 
 
-def ablation_table(results):
+def ablation_table(r):
     """The effect of each changed setting, seed by seed, sorted by the effect on all classes."""
-    targets = "shapes_sketch", "shapes_r"
 
-    def measures(label):
-        shifted = {target: results("shapes", "all", label, column=target) for target in targets}
-        return results.measures("shapes", label, SHAPES_SEEDS) | shifted
+    def effect(label, measure):
+        return differences(r("shapes", label, measure), r("shapes", "mocoop", measure))
 
     changed = {
-        result["label"]: result["changed_flags"]
-        for result, *_ in results.lines
-        if result["method"] == "mocoop" and result["dataset"] == "shapes"
+        run["label"]: run["changed_flags"]
+        for run, *_ in r.lines
+        if run["method"] == "mocoop" and run["dataset"] == "shapes"
     }
-    published, rows = measures("mocoop"), []
-    for label, settings in changed.items():
-        if settings and not settings.keys() & {"lr", *APART}:
-            effects = {m: differences(of, published[m]) for m, of in measures(label).items()}
-            cells = [cell(effect, "+") for effect in effects.values()]
-            mean = np.mean(list(effects["all"].values()))
-            rows.append((mean, [f"`{command_line(settings)}`", *cells]))
-    rows.sort(key=lambda row: row[0])
-    heading = ["less the published setting", "all", "base", "new", "H", *targets]
-    return [heading, *(row for _, row in rows)]
+    rows = {
+        (f"`{command_line(settings)}`",): label
+        for label, settings in changed.items()
+        if settings and not settings.keys() & {"lr", *APART}
+    }
+    rows = dict(sorted(rows.items(), key=lambda row: np.mean([*effect(row[1], "all").values()])))
+    columns = *MEASURES, "shapes_sketch", "shapes_r"
+    return grid(["less the published setting"], rows, columns, effect, "+")
 
 
 def command_line(settings):
     """Settings as they are passed to train.py."""
     words = []
     for name, value in settings.items():
-        words.append(train.dashed(name))
+        words.append(dashed(name))
         if value is not True:
             words.append(str(value).removesuffix(".0"))
     return " ".join(words)
 
 
-def names_table(results):
+def names_table(r):
     """The text loss with and without the names of new classes, beside CoOp, which reads no new
     names in training. The last column compares run by run."""
-    coop, rows = results.of_all_tasks("coop"), []
-    for method, names, label in (
-        ("coop", "seen", "coop"),
-        ("lasp", "seen", "lasp-text_namesseen"),
-        ("lasp", "all", "lasp"),
-        ("mocoop", "seen", "mocoop-text_namesseen"),
-        ("mocoop", "all", "mocoop"),
-    ):
-        means, every = results.over_tasks(label), results.of_all_tasks(label)
-        lead = "" if method == "coop" else cell(differences(every["H"], coop["H"]), "+")
-        rows.append([NAMES[method], names, *(cell(means[m]) for m in ("base", "new", "H")), lead])
-    return [["four tasks, 16 shots", "names", "base", "new", "H", "H less CoOp's"], *rows]
+    seen = "{}-text_namesseen".format
+    labels = "coop", seen("lasp"), "lasp", seen("mocoop"), "mocoop"
+    rows = {
+        (NAMES[label.split("-")[0]], "seen" if label in ("coop", *labels[1::2]) else "all"): label
+        for label in labels
+    }
+    table = grid(["four tasks, 16 shots", "names"], rows, MEASURES[1:], r.mean)
+    leads = ["", *(cell(r.less(label, "coop", "H"), "+") for label in labels[1:])]
+    return [[*row, lead] for row, lead in zip(table, ["H less CoOp's", *leads])]
 
 
-def target_table(results):
+def target_table(r):
     """The gate's target from an image's own class, or from the mean over classes."""
-    by_label, by_mean = "mocoop", "mocoop-gate_targetmean"
-    rows = [
-        [target, *map(cell, results.over_tasks(label).values())]
-        for target, label in (("label", by_label), ("mean", by_mean))
-    ]
-    ours, theirs = results.of_all_tasks(by_mean), results.of_all_tasks(by_label)
-    less = [cell(differences(ours[m], theirs[m]), "+") for m in ours]
-    return [["gate's target", "all", "base", "new", "H"], *rows, ["mean less label", *less]]
+    by_mean = "mocoop-gate_targetmean"
+    table = grid(["gate's target"], {("label",): "mocoop", ("mean",): by_mean}, MEASURES, r.mean)
+    less = (cell(r.less(by_mean, "mocoop", measure), "+") for measure in MEASURES)
+    return [*table, ["mean less label", *less]]
 
 
-def rates_table(results):
+def rates_table(r):
     """Accuracy on validation images, by which a rate should be chosen, and on test images."""
     found = defaultdict(list)
-    for result, *_ in results.lines:
-        changed = result["changed_flags"]
-        right = result["dataset"] == "shapes" and result["classes"] == "all"
-        if right and result["shots"] == 16 and result["n_prompts"] and not changed.keys() - {"lr"}:
-            key = result["method"], changed.get("lr", "published")
-            found[key].append((result["val_accuracy"], result["accuracy"]))
+    for run, *_ in r.lines:
+        changed = run["changed_flags"]
+        right = run["dataset"] == "shapes" and run["classes"] == "all"
+        if right and run["shots"] == 16 and run["n_prompts"] and not changed.keys() - {"lr"}:
+            key = run["method"], changed.get("lr", "published")
+            found[key].append((run["val_accuracy"], run["accuracy"]))
     rows = [
         [method, lr, len(n), *("{:.1f} ± {:.1f}".format(*mean_std(c)) for c in zip(*n))]
         for (method, lr), n in sorted(found.items(), key=str)
@@ -460,57 +448,59 @@ def rates_table(results):
     return [["method", "lr", "seeds", "val", "test"], *rows]
 
 
-def images_table(results):
+def images_table(r):
     """MoCoOp and CoOp with and without a trained part in the image encoder, on the four tasks."""
-    rows = []
-    for method in ("mocoop", "coop"):
-        for side in ("nothing", "layer-norms", "prompts"):
-            label = method if side == "nothing" else f"{method}-image_side{side}"
-            means = map(cell, results.over_tasks(label).values())
-            singly = [cell(results.measures(task, label)["all"]) for task in TASKS]
-            rows.append([NAMES[method], side, *means, *singly])
-    return [["method", "learned in the image encoder", "all", "base", "new", "H", *TASKS], *rows]
+    rows = {
+        (NAMES[method], side or "nothing"): f"{method}-image_side{side}" if side else method
+        for method in ("mocoop", "coop")
+        for side in ("", "layer-norms", "prompts")
+    }
+
+    def value(label, column):
+        return r(column, label, "all", seeds=SEEDS) if column in TASKS else r.mean(label, column)
+
+    return grid(["method", "learned in the image encoder"], rows, (*MEASURES, *TASKS), value)
 
 
 def parts_exchanged(lines, columns):
     """{"routing, text features": mean accuracy per column} of the runs that have a `why.json`.
     columns: a list of (task, images)."""
     found = defaultdict(lambda: defaultdict(list))
-    for result, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
+    for run, _, parts in sorted(lines, key=lambda line: line[0]["method"] != "mocoop"):
         for images, of in (parts or {}).items():
             for way, value in of["accuracy"].items():
                 routing, texts = way.split(", ")
-                if result["method"] == "coop":  # one prompt, so no routing
+                if run["method"] == "coop":  # one prompt, so no routing
                     way = f"CoOp: {texts}"
-                if result["method"] == "mocoop" or routing == "router":
-                    found[way][result["dataset"], images].append(value)
+                if run["method"] == "mocoop" or routing == "router":
+                    found[way][run["dataset"], images].append(value)
     return {way: [np.mean(values[c]) for c in columns] for way, values in found.items()}
 
 
-def why_table(results):
+def why_table(r):
     """Accuracy with parts of the trained mixture replaced, on base and on new classes, by task."""
     columns = [(task, classes) for classes in ("base", "new") for task in TASKS]
     table = [["routing, text features", "base", "new", *map(" ".join, columns)]]
-    lines = [line for line in results.lines if line[0]["seed"] in SEEDS]
+    lines = [line for line in r.lines if line[0]["seed"] in SEEDS]
     for way, means in parts_exchanged(lines, columns).items():
         halves = np.reshape(means, (2, len(TASKS))).mean(axis=1)
         table.append([way, *(f"{mean:.1f}" for mean in (*halves, *means))])
     return table
 
 
-def why_shifted_table(results):
+def why_shifted_table(r):
     """The same for training on all classes of `shapes`, on its test images and the shifted sets."""
-    found = parts_exchanged(results.lines, [("shapes", images) for images in ("all", *SHIFTED)])
+    found = parts_exchanged(r.lines, [("shapes", images) for images in ("all", *SHIFTED)])
     rows = [[way, *(f"{mean:.1f}" for mean in means)] for way, means in found.items()]
     return [["routing, text features", "shapes", *SHIFTED], *rows]
 
 
-def gate_table(results):
+def gate_table(r):
     """What the gate does, and how far apart the classes are, for each set of test images."""
     found = defaultdict(list)
-    for result, _, parts in results.lines:
-        for images, of in (parts if parts and result["method"] == "mocoop" else {}).items():
-            what = images if images in SHIFTED else f"{result['dataset']}, {images}"
+    for run, _, parts in r.lines:
+        for images, of in (parts if parts and run["method"] == "mocoop" else {}).items():
+            what = images if images in SHIFTED else f"{run['dataset']}, {images}"
             found[what].append(of["gate"] | of["classes"])
     rows = [
         [what, *(f"{np.mean([of[key] for of in every]):.3f}" for key in every[0])]

@@ -14,9 +14,11 @@ import torch
 from data import load_split, select_classes
 from eval import load_run
 from lib.catalogue import all_templates
+from lib.errors import BadInput, exit_on_bad_input
 from lib.features import image_features
-from lib.report import accuracy
-from lib.runs import BadInput, Parser, exit_on_bad_input, save_json
+from lib.files import save_json
+from lib.results import accuracy
+from lib.settings import Parser
 from prompts import hard_prototypes, template_features
 from router import GATE_TARGETS, mixed_logits
 from train import BASELINES, learns_images, text_encoder_of

@@ -1,0 +1,108 @@
+"""Files that are whole or absent: each is written under a temporary name, then renamed."""
+
+import contextlib
+import errno
+import io
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+
+from lib.errors import BadInput, out_of_memory
+
+
+@contextlib.contextmanager
+def writable_folder(folder, way_out=""):
+    """Makes sure that a folder exists and can be written in. If it was made for this block and is
+    still empty at the end, it is removed. Raises BadInput if it cannot be written in."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not show it
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def replacing(path, way_out=""):
+    """Yields a temporary path beside `path`, renamed to `path` if the block succeeds. Readers find
+    the old file or the new one. If the block raises, nothing is left behind.
+
+    Raises BadInput for a full disk. way_out: what to do besides making room there.
+    """
+    path = Path(path)
+    scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message = f"cannot write {path}: {error.strerror}: make room there{way_out}"
+        raise BadInput(message) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def torch_bytes(content):
+    """What `torch.save` writes. On a full disk, it would only report that a file ends too early."""
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def save_torch(content, path, way_out=""):
+    with replacing(path, way_out) as scratch:
+        scratch.write_bytes(torch_bytes(content))
+
+
+def save_json(content, path):
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_torch_file(path, what):
+    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
+    content = None
+    with open(path, "rb") as file:  # one that cannot be opened raises its own OSError
+        try:
+            with ZipFile(file) as archive:
+                if archive.testzip() is None:  # torch does not verify the checksums
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes may raise anything
+            if out_of_memory(error):
+                raise
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a {what}, or damaged")
+    return content
+
+
+def read_text(file):
+    """The content of a text file. Raises BadInput if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from error
+
+
+def read_lines(file):
+    """The lines of a text file, stripped, without empty ones. Raises BadInput as `read_text`."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def full_path(value, but=()):
+    """The full path if `value` is a file, so that it is found from any folder. Other values, and
+    the words in `but`, are returned unchanged."""
+    is_file = value and value not in but and Path(value).is_file()
+    return str(Path(value).resolve()) if is_file else value

@@ -1,0 +1,82 @@
+"""Command lines: a table of settings, and the parser made from it.
+
+A table is {section: {name: (default, allowed, help)}}. `allowed` is None for any text, a number for
+the least value, the choices, or a function that returns choices which are defined further below. A
+default of True or False makes a switch.
+"""
+
+import argparse
+
+from lib.errors import BadInput
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows all defaults but None; for these, the help text says what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises BadInput for mistakes in a command line."""
+
+    def __init__(self, description, **options):
+        """description: a docstring; its first line is shown. None if Python drops docstrings."""
+        first_line = (description or "").split("\n")[0]
+        super().__init__(
+            description=first_line, formatter_class=HelpFormatter, allow_abbrev=False, **options
+        )
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the settings)")
+
+
+def at_least(kind, least):
+    """An argparse type: an int or float that is not below `least`."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value < 2**31:  # NaN fails, too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse shows it if `kind` rejects the text
+    return parse
+
+
+def dashed(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def defaults_of(*sections):
+    return {name: row[0] for rows in sections for name, row in rows.items()}
+
+
+def settings_parser(table, description):
+    """The parser of a table of settings. It returns only what a command line gives: `help`, too, so
+    that the program can print the defaults that belong to the other words."""
+    parser = Parser(description, add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
+    for section, rows in table.items():
+        add = parser.add_argument_group(section).add_argument
+        for name, (default, allowed, text) in rows.items():
+            options = {}
+            if isinstance(default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            elif isinstance(allowed, (int, float)):
+                options["type"] = at_least(type(default or allowed), allowed)
+            elif allowed:
+                options["choices"] = allowed() if callable(allowed) else allowed
+            add(dashed(name), help=text, **options)
+    return parser
+
+
+def as_words(given):
+    """The command line that gives these settings, as a list of words."""
+    words = []
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(dashed(name if value else f"no_{name}"))
+        elif value is not None:
+            words += [dashed(name), str(value)]
+    return words
