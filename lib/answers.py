@@ -16,9 +16,8 @@ import torch
 from lib import pictures
 from lib.clip_model import MEAN, STD
 from lib.errors import BadInput
-from lib.features import album_pixels
 from lib.files import replacing
-from lib.photos import files_below, is_image
+from lib.photos import files_below, is_image, open_photo
 
 
 def best_answers(probabilities, class_names):
@@ -100,8 +99,13 @@ def classify_files(run, files, names=None, csv_file=None):
     class_names, rows = names or run.class_names, []
     classify = run.classifier(class_names)
     try:
-        for photo, pixels in album_pixels(run.clip_model, files):
-            probabilities, weights = classify(run.photo_features([pixels]))
+        for photo in files:
+            try:
+                image = open_photo(photo)
+            except BadInput as error:
+                print(error, file=sys.stderr)
+                continue
+            probabilities, weights = classify(run.photo_features([image]))
             answers = best_answers(probabilities[0], class_names)
             prompts = used_prompts(weights[0], run.model.templates)
             said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)

@@ -269,29 +269,23 @@ def named_groups(config):
     return [all_templates(groups)] if config["one_group"] else groups
 
 
-# Language models may number templates, or put them in a list, in quotation marks or in bold.
-LISTED = re.compile(r"""(?:(?:[-*+•–]|\(?\d+[.)])\s+)?(?:["“'‘`*]+(.*?)["”'’`*]+[.,;]*|(.*))""")
-
-
 def read_groups(file):
-    """Template groups of your own: one template per line, a blank line or a heading in Markdown
-    between groups.
+    """Template groups of your own: one template per line, a blank line between groups.
 
-    Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a template
-    without {}, or has two groups with the same first template.
+    Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a line that
+    is no template as it stands, or has two groups with the same first template.
     """
     groups = [[]]
     for number, line in enumerate(read_text(file).splitlines(), 1):
-        quoted, plain = LISTED.fullmatch(line.strip()).groups()
-        template = quoted or plain
-        if not template or ("{}" not in line and line.strip().startswith(("#", "**", "---"))):
+        template = line.strip()
+        if not template:
             groups.append([])
-        elif template.count("{}") == 1 and not set(template) & set("*`|"):
+        elif template.count("{}") == 1 and not re.match(r"[-–+*#>•`\"'“‘]|\(?\d+[.)]", template):
             groups[-1].append(template)
         else:
-            where = f"{file}, line {number}"
             raise BadInput(
-                f"{where}: {template!r} needs one {{}} for the class name, and no Markdown"
+                f"{file}, line {number}: {template!r} needs one {{}} for the class name, and no"
+                " number, bullet or quotation marks"
             )
     groups = [group for group in groups if group]
     if not groups:

@@ -4,7 +4,6 @@
 weights to fp16 on the way. Here the weights stay unchanged.
 """
 
-import contextlib
 import hashlib
 import warnings
 from pathlib import Path
@@ -21,20 +20,19 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
 VOCABULARY = 49408
-FOREIGN = {  # parts of parameter names that are not OpenAI's
-    "text_model.": "the names of Hugging Face's transformers: rename them to OpenAI's",
-    "patch_embed.": "timm's names: rename them to OpenAI's, if it is OpenAI's model",
-    "token_suffix": "CoOp's prompts without the CLIP they belong to: name that",
-}
+READABLE = (
+    "expected a file of OpenAI's, or a state dict with OpenAI's names, saved by torch.save in"
+    " PyTorch 1.6 or newer"
+)
 
 
 def load_clip(name, device):
     """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
     A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
-    checkpoint (see `_unwrap`), or a state dict with the embeddings of some tokens only. In the last
-    case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown word
-    is noticed and never taken for a known one.
+    checkpoint (see `_state_dict`), or a state dict with the embeddings of some tokens only. In the
+    last case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown
+    word is noticed and never taken for a known one.
 
     Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
     identifies this CLIP in feature caches and checkpoints.
@@ -52,8 +50,9 @@ def load_clip(name, device):
         raise BadInput(
             f"no CLIP file {path}, and no CLIP of that name{hint}; names are {', '.join(names)}"
         )
-    state = _unwrap(_read_weights(path), path)
+    content = _read_weights(path)
     try:
+        state = _state_dict(content)
         if "token_ids" in state:
             ids, rows = state.pop("token_ids"), state["token_embedding.weight"].float()
             table = torch.full((VOCABULARY, rows.shape[1]), torch.nan)
@@ -66,7 +65,7 @@ def load_clip(name, device):
         clip_model.load_state_dict(weights)  # ... put the exact values back
     except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path} is not a CLIP checkpoint: {reason}") from error
+        raise BadInput(f"{path} is not a CLIP checkpoint ({reason}): {READABLE}") from error
     finite(clip_model.logit_scale.exp(), f"{path}: the scale of the logits")
     digest = hashlib.sha256()
     for key in sorted(weights):
@@ -76,20 +75,14 @@ def load_clip(name, device):
 
 
 def _read_weights(path):
-    """The state dict in a TorchScript archive or in a file of `torch.save`."""
+    """The content of a TorchScript archive or of a file of `torch.save`, a dictionary."""
     try:
         with ZipFile(path) as archive:
             script = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except BadZipFile:
         script = False
     if not script:
-        try:
-            return read_torch_file(path, "CLIP checkpoint")
-        except BadInput as error:
-            known = _known_kind(path)
-            raise BadInput(
-                f"{path} is not a CLIP checkpoint but {known}" if known else error
-            ) from error
+        return read_torch_file(path, f"CLIP checkpoint ({READABLE})")
     with warnings.catch_warnings():  # TorchScript is deprecated, but it is what OpenAI ships
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -98,42 +91,18 @@ def _read_weights(path):
             raise BadInput(f"{path} is a damaged TorchScript archive") from error
 
 
-def _known_kind(path):
-    """What kind of file this is, if its weights cannot be read here, and what to do. None if that
-    is not known."""
-    with open(path, "rb") as file:
-        head = file.read(32)
-    if head[8:9] == b"{":
-        return "safetensors: torch.save(safetensors.torch.load_file(FILE), NEW) makes one"
-    if head.startswith(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20"):
-        return "of PyTorch before 1.6: torch.save(torch.load(FILE), NEW) makes one"
-    if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS: `git lfs pull` fetches the file"
-    with contextlib.suppress(BadZipFile), ZipFile(path) as archive:
-        if archive.testzip() is None and any(n.endswith("/data.pkl") for n in archive.namelist()):
-            return "Python objects: torch.save(model.state_dict(), NEW) saves the weights alone"
-    return None
-
-
-def _unwrap(content, path):
-    """Finds the state dict of a CLIP in a checkpoint, in nested dictionaries or under names with a
-    prefix (`module.`). Raises BadInput if there is none, or more than one."""
-    parts, found = [content], {}
-    for part in parts:
-        parts += [value for value in part.values() if isinstance(value, dict)]
-        for name in part:
-            prefix = str(name).removesuffix("visual.conv1.weight")
-            if prefix != name and f"{prefix}token_embedding.weight" in part:
-                whole = {k[len(prefix) :]: v for k, v in part.items() if str(k).startswith(prefix)}
-                found[id(part), prefix] = whole
-    if len(found) == 1:
-        return found.popitem()[1]
-    reason = "it holds several CLIPs" if found else "it lacks an image or a text encoder"
-    for mark, whose in FOREIGN.items():
-        if any(mark in str(name) for part in parts for name in part):
-            reason = f"it has {whose}"
-            break
-    raise BadInput(f"{path} is not a CLIP checkpoint: {reason}")
+def _state_dict(content):
+    """The state dict of a CLIP in a checkpoint: all of it, or its `state_dict` or `model`, under
+    names that may share a prefix (`module.`). Raises ValueError if it holds no CLIP, or several."""
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    token_embedding = "token_embedding.weight"
+    found = [name for name in content if str(name).endswith(token_embedding)]
+    if len(found) != 1:
+        raise ValueError(f"it has {len(found)} parameters named {token_embedding}, not one")
+    prefix = found[0].removesuffix(token_embedding)
+    return {k.removeprefix(prefix): v for k, v in content.items() if str(k).startswith(prefix)}
 
 
 def _fetch(name):

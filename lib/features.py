@@ -18,10 +18,8 @@ is part of the key. A folder that has moved, or was copied with its times, is st
 import contextlib
 import functools
 import hashlib
-import itertools
 import math
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -39,13 +37,12 @@ from lib.clip_model import MEAN, STD
 from lib.errors import BadInput, out_of_memory
 from lib.fast_clip import encode_images
 from lib.files import replacing
-from lib.photos import open_photo, say_remarks, upright_rgb
+from lib.photos import upright_rgb
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SHARD = 4096  # rows; encoded features are saved at least this often
-PHOTOS_AT_ONCE = 4  # read ahead; twice as many may be in memory, 0.2 GB each at 48 megapixels
 DIGESTED = 2**16  # bytes hashed at the beginning of an image file
 
 # ------------------------------------------------------------------------------- preprocessing
@@ -276,7 +273,6 @@ def image_features(
             rows |= shard
             if cached and rank == 0:
                 _save_rows(folder, shard)
-    say_remarks()
     stored = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
     features, norms = stored.split([width, 1], dim=1)
     features = features * norms if raw else features.contiguous()
@@ -316,40 +312,16 @@ def _encode(clip_model, split, wanted, bar):
 
 @torch.no_grad()
 def photo_features(clip_model, images, raw=False):
-    """Features (N, D) of photos that belong to no dataset, encoded one by one. images: PIL images,
-    or pixels from `album_pixels`. raw: do not normalise."""
+    """Features (N, D) of PIL images that belong to no dataset, encoded one by one. raw: do not
+    normalise."""
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     features = []
     for image in images:
-        if not torch.is_tensor(image):
-            unread = getattr(image, "tile", None) and image.filename and not image.tell()
-            # Opened again, so that the caller's image holds no pixels: 48 megapixels take 0.2 GB.
-            image = open_photo(image.filename) if unread else upright_rgb(image)
-            image = preprocess(image, size)
-        features.append(encode_images(clip_model, as_clip_reads([image], device), torch.float32))
+        pixels = as_clip_reads([preprocess(upright_rgb(image), size)], device)
+        features.append(encode_images(clip_model, pixels, torch.float32))
     if not features:
         raise BadInput("there is no image to look at")
-    say_remarks()
     return torch.cat(features) if raw else F.normalize(torch.cat(features), dim=-1)
-
-
-def album_pixels(clip_model, files):
-    """Yields (file, preprocessed pixels) of each photo that can be read, while threads read the
-    next few. The others are named on standard error."""
-
-    def load(file):
-        try:
-            return preprocess(open_photo(file), clip_model.visual.input_resolution)
-        except BadInput as error:
-            return error
-
-    few = range(0, len(files), PHOTOS_AT_ONCE)
-    batches = [[(file,) for file in files[i : i + PHOTOS_AT_ONCE]] for i in few]
-    for file, pixels in zip(files, itertools.chain.from_iterable(_one_ahead(load, batches))):
-        if torch.is_tensor(pixels):
-            yield file, pixels
-        else:
-            print(pixels, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------- while training

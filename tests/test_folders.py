@@ -201,34 +201,24 @@ def test_a_file_gives_class_folders_their_names(tmp_path, capsys):
             load_split(str(folder), "")
 
 
-def test_templates_are_read_as_a_language_model_lists_them(tmp_path):
-    file = tmp_path / "groups.txt"
-    file.write_text(
-        "## Size\n"
-        "1. a photo of a large {}.\n"
-        '2) "a photo of a big {}.",\n'
-        "**Quality**\n"
-        "- a blurry photo of a {}.\n"
-        "* `a bad photo of a {}.`\n"
-        "---\n"
-        "• **a 3D drawing of a {}.**\n"
-        "“{} texture”.\n"
-        '"{}" on a sign.\n',
-        encoding="utf-8",
-    )
-    assert read_groups(file) == [
-        ["a photo of a large {}.", "a photo of a big {}."],
-        ["a blurry photo of a {}.", "a bad photo of a {}."],
-        ["a 3D drawing of a {}.", "{} texture", '"{}" on a sign.'],
-    ]
-
-
 @pytest.mark.parametrize(
-    "line", ["Here are 20 templates:", "a {} and a {}.", "**Size**: a large {}."]
+    "line",
+    [
+        "Here are 20 templates:",
+        "a {} and a {}.",
+        "## Size {}",
+        "1. a photo of a {}.",
+        "2) a photo of a {}.",
+        "- a photo of a {}.",
+        "* a photo of a {}.",
+        '"a photo of a {}."',
+        "“a photo of a {}.”",
+        "`a photo of a {}.`",
+    ],
 )
-def test_a_line_that_is_not_a_template_is_named(tmp_path, line):
+def test_a_line_that_is_no_template_as_it_stands_is_named(tmp_path, line):
     file = tmp_path / "groups.txt"
-    file.write_text(f"a photo of a {{}}.\n\n{line}\n")
+    file.write_text(f"a photo of a {{}}.\n\n{line}\n", encoding="utf-8")
     with pytest.raises(BadInput, match="groups.txt, line 3: .* needs one {}"):
         read_groups(file)
 

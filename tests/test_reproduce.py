@@ -102,7 +102,7 @@ def test_the_results_that_are_kept_are_those_of_the_runs_that_are_made():
         found = [{key: other[key] for key in ("dataset", "classes")} for other in others]
         assert sorted(found, key=str) == sorted(asked, key=str)
         seen = ["base", "new"] if result["classes"] == "base" else ["all", *SHIFTED]
-        assert list(parts or []) == (seen if reproduce.is_taken_apart(result) else [])
+        assert list(parts or []) == (seen if reproduce.has_swaps(result) else [])
     assert made == kept and len(set(made)) == len(made)
 
 
@@ -115,9 +115,7 @@ def test_a_run_is_made_and_evaluated_once(tmp_path, small_world, monkeypatch):
     assert run_job(words) == first  # with its seconds
 
 
-def test_a_mixture_is_taken_apart_into_what_it_was(
-    run_train, small, eurosat, random_clip, tmp_path
-):
+def test_a_mixture_has_swaps_into_what_it_was(run_train, small, eurosat, random_clip, tmp_path):
     result = run_train(f"{small} --shots 4 --epochs 6 --views 1 --classes base")
     new = eval.evaluate(tmp_path / "run", classes="new")
     parts = why(tmp_path / "run")
@@ -145,7 +143,7 @@ def test_a_mixture_is_taken_apart_into_what_it_was(
     assert found == approx(cosines.mean().item(), abs=1e-4)
 
 
-def test_a_learned_image_encoder_is_taken_apart_with_its_own_features(run_train, small, tmp_path):
+def test_a_learned_image_encoder_has_swaps_with_its_own_features(run_train, small, tmp_path):
     result = run_train(f"{small} --shots 2 --epochs 3 --image-side prompts --lr 1")
     found = why(tmp_path / "run")["all"]["accuracy"]["router, prompts"]
     assert found == result["accuracy"]

@@ -1,4 +1,4 @@
-"""Every number and picture of docs/RESULTS.md, and the same table for real datasets.
+"""Every number and picture of docs/RESULTS.md, and runs on real datasets.
 
     python -m tools.reproduce            # runs that docs/results.jsonl lacks; all take 2 to 3 hours
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
@@ -34,7 +34,8 @@ import train
 from lib.errors import BadInput, exit_on_bad_input
 from lib.parallel import n_threads
 from lib.pictures import draw_pictures
-from lib.results import accuracies, cell, harmonic_mean, markdown, mean_std
+from lib.results import accuracies, cell, harmonic_mean, markdown, mean_std, runs_table
+from lib.runs import find_runs
 from lib.settings import Parser, dashed
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
@@ -77,25 +78,6 @@ SCHEDULES = {
     "dtd": LONG,
     "eurosat": "--epochs 300 --warm-up 7 --text-weight 5",
     "ucf101": LONG,
-}
-# Reported accuracies of ViT-B/16 with 16 shots: (base, new). LASP per dataset is its authors' code
-# (README of 1adrianb/lasp at 5b1e8d9). Averages are over eleven datasets including ImageNet, from
-# the list zhengli97/Awesome-Prompt-Adapter-Learning-for-VLMs-CLIP, LASP's from the README of MMA.
-PAPERS = {
-    ("caltech101", "lasp"): (98.45, 94.43),
-    ("oxford_pets", "lasp"): (95.64, 97.39),
-    ("stanford_cars", "lasp"): (76.25, 71.99),
-    ("oxford_flowers", "lasp"): (97.62, 74.16),
-    ("food101", "lasp"): (90.84, 91.62),
-    ("fgvc_aircraft", "lasp"): (35.51, 38.15),
-    ("sun397", "lasp"): (81.34, 78.45),
-    ("dtd", "lasp"): (80.63, 63.36),
-    ("eurosat", "lasp"): (94.57, 85.05),
-    ("ucf101", "lasp"): (85.47, 77.33),
-    ("average", "zero-shot"): (69.34, 74.22),
-    ("average", "coop"): (82.69, 63.22),
-    ("average", "cocoop"): (80.47, 71.69),
-    ("average", "lasp"): (82.70, 74.90),
 }
 
 # ---------------------------------------------------------------------------------------- the runs
@@ -150,7 +132,7 @@ def evaluations(result):
     return []
 
 
-def is_taken_apart(result):
+def has_swaps(result):
     published = result["method"] in ("mocoop", "coop") and not result["changed_flags"]
     wanted = result["classes"] == "base" or result["dataset"] == "shapes"
     return published and wanted and result["shots"] == 16
@@ -175,7 +157,7 @@ def run_job(words, again=False):
         if len(list(folder.glob("eval_*.json"))) < len(targets):
             for target in targets:
                 eval.evaluate(folder, **target)
-        if is_taken_apart(result) and not (folder / "why.json").exists():
+        if has_swaps(result) and not (folder / "why.json").exists():
             why(folder, SHIFTED if result["classes"] == "all" else ())
     return compact(folder)
 
@@ -194,7 +176,7 @@ def compact(folder):
     short = pick(result, *told_apart_by, *measured)
     short["config"] = pick(result["config"], *task, "groups")
     if result["n_prompts"] > 1 and not result["changed_flags"] and result["shots"] in (4, 16):
-        short |= pick(result, "router", "prompt_usage", "prompt_usage_by_epoch")
+        short |= pick(result, "router", "prompt_usage")
     others = [pick(other, "dataset", "classes", "accuracy", *untrained) for other in others]
     return [short, others, apart[0] if apart else None]
 
@@ -259,35 +241,6 @@ def real_jobs(tasks, methods, schedule, data, clip):
             for seed in SEEDS:
                 run = f"--dataset {task} --classes base --seed {seed} --data {data} --clip {clip}"
                 yield f"--method {method} {own} {run}"
-
-
-def real_table(lines):
-    """Base to new per dataset, beside what LASP's authors report for their own code, and averages
-    over the datasets, beside the papers' averages over eleven."""
-    results, means = Results(lines), {}  # (task, method): (base, new), NaN where there is none
-    for run, *_ in lines:
-        labels = {"zero-shot": "zero-shot", "ensemble": "ensemble", run["method"]: run["label"]}
-        for method, label in labels.items():
-            halves = (
-                [*results(run["dataset"], label, half).values()] or [np.nan]
-                for half in ("base", "new")
-            )
-            means[run["dataset"], method] = tuple(map(np.mean, halves))
-    for method in dict.fromkeys(method for _, method in means):
-        every = [mean for (_, m), mean in means.items() if m == method]
-        if len(every) > 1:
-            means["average", method] = tuple(np.mean(every, axis=0))
-
-    def cells(base, new):
-        return [
-            f"{x:.1f}" if np.isfinite(x) else "–" for x in (base, new, harmonic_mean(base, new))
-        ]
-
-    table = [["dataset", "method", "base", "new", "H", "reported: base", "new", "H"]]
-    for (task, method), mean in means.items():
-        reported = PAPERS.get((task, method), (np.nan, np.nan))
-        table.append([task, NAMES[method], *cells(*mean), *cells(*reported)])
-    return table
 
 
 # ------------------------------------------------------------------------------- their accuracies
@@ -535,17 +488,12 @@ def filled(page, results):
 
 
 def write_tables(lines):
-    """Fills the pages and draws assets/few_shot.png, router.png, usage.png, ablation.png."""
+    """Fills the pages and draws assets/few_shot.png and router.png."""
     for page in PAGES:
         text = filled(page.read_text(encoding="utf-8"), Results(lines))
         page.write_text(text, encoding="utf-8")
-    pictured = [
-        line[:2]
-        for line in lines
-        if line[0]["dataset"] == "shapes" and not line[0]["changed_flags"].keys() & APART
-    ]
-    drawn = draw_pictures(pictured, Path("assets"))
-    print(f"saved: README.md, docs/RESULTS.md, assets/{', assets/'.join(drawn)}")
+    print("saved: README.md, docs/RESULTS.md")
+    draw_pictures([line[:2] for line in lines if line[0]["dataset"] == "shapes"], Path("assets"))
 
 
 def read_results(file=RESULTS):
@@ -565,7 +513,8 @@ def run_command_line():
     args = parser.parse_args()
     if args.tasks:
         todo = real_jobs(args.tasks, args.methods, args.schedule, args.data, args.clip)
-        print(markdown(real_table(run_all(list(todo)))))
+        run_all(list(todo))
+        print(runs_table([run for task in args.tasks for run in find_runs(Path("out", task))]))
     elif args.again:
         run_again(list(jobs()), read_results())
     else:
