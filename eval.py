@@ -159,7 +159,6 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     """Tests the run in `folder`; arguments of None are as in the run. Writes the files, returns the
     dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
     where to write the answer for every test image."""
-    folder = Path(folder)
     if csv_file:
         answers.check_output(csv_file, folder)
     run = load_run(folder, clip, device)
@@ -168,10 +167,10 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     full_split = load_split(dataset, data or run.config["data"])
     split = replace(select_classes(full_split, classes), train=[], val=[])
     own = split.name == dataset_name(run.config["dataset"])
-    file = folder / f"eval_{split.name}_{classes}.json"
+    file = Path(folder, f"eval_{split.name}_{classes}.json")
     check_same_target(run, full_split, file, own)
 
-    its_result = read_result(folder / "result.json")
+    its_result = read_result(file.with_name("result.json"))
     measured, logits, weights = measure(run, split, classes, own, its_result["changed_flags"], clip)
     result = its_result | measured | {"val_accuracy": None}
     result["target"] = run.config["dataset"] if own else dataset  # a folder by its full path
@@ -185,7 +184,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
         answers.write_test_csv(csv_file, split, logits, weights, templates)
     save_json(result, file)
     print(f"saved in {folder}: {file.name}")
-    samples = folder / f"samples_{split.name}_{classes}.png"
+    samples = file.with_name(f"samples_{split.name}_{classes}.png")
     answers.draw_samples(split, logits.argmax(dim=-1), weights, templates, samples)
     if templates:
         pictures.router_picture(result, file.with_suffix(".png"))

@@ -31,8 +31,8 @@ def text_loss(text_features, prototypes, scale=1.0):
     ln(1 + 1/e) = 0.313, and pushing them further apart lowers it. LASP, where the idea comes
     from, uses CLIP's 100.
 
-    When training sees only images of base classes, C still counts *all* class names: a name needs
-    no images, and this is meant to keep the new classes in place. text_features and prototypes
+    When only base classes have images, C still covers *all* class names, since a name needs none;
+    this should stop prompts from drifting away from the new classes. text_features and prototypes
     (G, C, D); the loss is also averaged over any further leading dimensions of text_features.
     """
     logits = scale * text_features @ prototypes.transpose(-1, -2)  # (G, C soft, C hard)

@@ -1,4 +1,4 @@
-"""The router: which prompts an image gets, with which weights, and the target it learns.
+"""The router: which prompts an image uses, their weights, and the target the router learns from.
 
 For every image the router scores all G prompts from the image feature (one linear layer), keeps
 the K best and turns their scores into weights. The class text features of those K prompts,

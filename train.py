@@ -218,10 +218,8 @@ class MoCoOp(nn.Module):
 
 
 class ConditionalMoCoOp(MoCoOp):
-    """The mixture with CoCoOp's network on top: for each image it shifts all context vectors.
-
-    Text features are then (B, G, C, D), one set per image.
-    """
+    """The mixture with CoCoOp's network on top: for each image it shifts all context vectors. Text
+    features are then (B, G, C, D), one set per image."""
 
     per_image = True
     images_at_once = 64
@@ -307,7 +305,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     Raises BadInput if training diverges.
     """
     config, batch_size = model.config, model.config["batch_size"]
-    torch.manual_seed(config["seed"])  # for variants whose modules draw random numbers
+    torch.manual_seed(config["seed"])  # your own router or prompts may draw random numbers
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
         model.parameter_groups(),

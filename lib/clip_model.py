@@ -32,7 +32,7 @@ def load_clip(name, device):
     A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
     checkpoint (see `_state_dict`), or a state dict with the embeddings of some tokens only. In the
     last case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown
-    word is noticed and never taken for a known one.
+    word is noticed and not mistaken for a known one.
 
     Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
     identifies this CLIP in feature caches and checkpoints.

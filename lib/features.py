@@ -283,9 +283,9 @@ def image_features(
 def _encode(clip_model, split, wanted, bar):
     """Features of images, one array (D + 1,) each: the unit vector, and the norm before scaling.
 
-    wanted: (path, view) of each. Every batch is padded with zeros to the same size: products of
-    the same shape treat an image alike whatever its neighbours, so the features of a run depend on
-    what was cached before it by rounding at most.
+    wanted: (path, view) of each. Every batch is padded with zeros to the same size: with equal
+    shapes, an image's result does not depend on the others in its batch, so the features of a run
+    depend on what was cached before it by rounding at most.
     """
     device = clip_model.logit_scale.device
     size, n = clip_model.visual.input_resolution, BATCH[device.type]

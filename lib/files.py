@@ -21,7 +21,8 @@ def writable_folder(folder, way_out=""):
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):  # permissions alone do not show it
+        # Checking permissions is not enough.
+        with tempfile.TemporaryFile(dir=folder, suffix=".tmp"):
             pass
     except OSError as error:
         raise BadInput(f"cannot write in {folder}: {way_out or error.strerror}") from error

@@ -8,7 +8,7 @@ with respect to the prompts, and these gradients are summed (`sum_gradients`). A
 processes hold the same numbers again, so nothing else needs to be sent. (With --image-side, each
 process computes all gradients of the image encoder itself.)
 
-Without torchrun, none of this has an effect. The processes share one disk. Every process writes the
+Without torchrun, all of this does nothing. The processes share one disk. Every process writes the
 files of a run, under its own temporary names, and renames them; only the first one uses the feature
 cache. When a process fails, torchrun stops the others.
 """

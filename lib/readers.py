@@ -185,7 +185,7 @@ def read_own(folder):
         lists = {part: images(parts[part]) if part in parts else [] for part in PARTS}
     else:
         lists = seeded_lists(images(""))
-    _say_what_is_guessed(folder, lists, depth=2 if parts else 1)
+    _print_guesses(folder, lists, depth=2 if parts else 1)
     return "folder" if parts else "seeded", classes, names, lists
 
 
@@ -200,21 +200,23 @@ def seeded_lists(items):
     for own in by_label.values():
         random.Random(0).shuffle(own)
         n_train = round(0.5 * len(own))
-        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)  # one of three is for test
+        # At least one image is left for test, also of three.
+        n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)
         lists["train"] += own[:n_train]
         lists["val"] += own[n_train : n_train + n_val]
         lists["test"] += own[n_train + n_val :]
     return lists
 
 
-def _say_what_is_guessed(folder, lists, depth):
+def _print_guesses(folder, lists, depth):
     """Prints which files in your own folder are not used as images, and which images count towards
     a class although they are in a subfolder of its folder."""
     used = {path for part in PARTS for path, _ in lists[part]}
     left_out = [f for f in files_below(folder) if f not in used and f != "classnames.txt"]
+    deep = sorted(path for path in used if path.count("/") > depth)
     found = {
         "files are not images in a class folder and are left out": left_out,
-        "images lie deeper in their class folder": sorted(p for p in used if p.count("/") > depth),
+        "images are in subfolders of their class folder": deep,
     }
     for what, paths in found.items():
         if paths:

@@ -50,7 +50,7 @@ def test_images_in_folders_below_a_class_folder_belong_to_it(tmp_path, capsys):
     assert said == [
         f"{split.folder}: 1 files are not images in a class folder and are left out, the first is"
         " dog/itself",
-        f"{split.folder}: 7 images lie deeper in their class folder, the first is"
+        f"{split.folder}: 7 images are in subfolders of their class folder, the first is"
         " cat/2023/may/0.jpg",
     ]
 
