@@ -78,7 +78,7 @@ class Split:
 
 
 def full_dataset(dataset):
-    """A dataset as a run's configuration names it: your own folder by its full path."""
+    """A dataset's name in a run's configuration: for your own folder, its full path."""
     known = dataset in DATASETS or not os.path.isdir(dataset)
     return dataset if known else str(Path(dataset).resolve())
 
@@ -95,7 +95,7 @@ def few_shot(split, shots, seed):
     """CoOp's few-shot sample: per class `shots` training images and min(shots, 4) val images.
 
     The images are exactly CoOp's: seed once, then call `random.sample` for each label in order of
-    first appearance; first for train, then for val from the same stream. The sample depends on the
+    first appearance, first for train, then for val from the same stream. The sample depends on the
     lengths of the lists, so it is drawn from the complete lists and reduced to base or new later.
 
     Returns the split with shorter `train` and `val`. A class with fewer images contributes all.
@@ -118,7 +118,7 @@ def few_shot(split, shots, seed):
 
 
 def few_shot_split(config):
-    """(the complete split, the few-shot part of it that a run trains on), by the run's flags.
+    """(the complete split, the few-shot part that a run trains on), from a run's configuration.
 
     Raises BadInput as `load_split` does, and for a dataset without training images.
     """

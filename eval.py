@@ -52,7 +52,7 @@ class Run:
 
     config: dict  # every setting
     groups: list  # lists of templates, one prompt each
-    class_names: list  # those with images in training
+    class_names: list  # of the classes with training images
     model: torch.nn.Module  # model.logits(image_features, class_names) -> logits, prompt weights
     clip_model: torch.nn.Module
     fingerprint: str  # of the CLIP's weights
@@ -61,9 +61,9 @@ class Run:
         """Classifies PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
 
         images: a list or a generator, or their features from `photo_features`. class_names: your
-        own, see `read_names`; None for the classes of the training. Probabilities are the softmax
+        own, see `read_names`; None for the classes it was trained on. Probabilities are the softmax
         of the method's logits; the weights are in the order of `model.templates`.
-        Raises BadInput if the method cannot answer with these classes.
+        Raises BadInput if the method cannot classify into these classes.
         """
         names = self.class_names if class_names is None else read_names(class_names)
         features = images if torch.is_tensor(images) else self.photo_features(images)
@@ -71,7 +71,7 @@ class Run:
 
     @torch.no_grad()
     def classifier(self, names):
-        """Returns `classify` as a function of features (N, D) that encodes the names once."""
+        """`classify` as a function of features (N, D) that encodes the names only once."""
         model, method = self.model, self.config["method"]
         if method in ("zeroshot", "ensemble"):  # CLIP as it is, with these names
             model = self.untrained(self.config["dataset"], self.groups, names)[method]
@@ -105,7 +105,7 @@ def load_run(folder, clip=None, device=None):
     """The `Run` in a folder.
 
     clip: a name or file to use instead of the run's own, if its weights are the same.
-    Raises BadInput if the folder holds no finished run or its checkpoint is from another CLIP.
+    Raises BadInput if the folder holds no finished run, or the run was trained with another CLIP.
     """
     folder = Path(folder)
     for name in ("checkpoint.pt", "result.json"):
@@ -147,7 +147,7 @@ def read_names(names):
         names = read_lines(names) if os.path.isfile(names) else names.split(",")
     names = [name.strip() for name in names if name.strip()]
     if len(names) < 2:
-        raise BadInput(f"two class names at least, between commas or in a file, not {names}")
+        raise BadInput(f"at least two class names, separated by commas or in a file, not {names}")
     check_apart(names)
     return names
 
@@ -156,9 +156,9 @@ def read_names(names):
 
 
 def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=None, device=None):
-    """Tests the run in `folder`; arguments of None are as in the run. Writes the files, returns the
-    dictionary of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`. csv_file:
-    where to write the answer for every test image."""
+    """Tests the run in `folder`; arguments that are None come from the run. Writes the files and
+    returns the content of `eval_<dataset>_<classes>.json`, which has the keys of `result.json`.
+    csv_file: where to write the answer for every test image."""
     if csv_file:
         answers.check_output(csv_file, folder)
     run = load_run(folder, clip, device)
@@ -192,11 +192,11 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
 
 
 def measure(run, split, classes, own, changed, clip=None):
-    """A run on the test images of a split, beside CLIP as it is: (the numbers for `result.json`,
+    """Evaluates a run and CLIP as it is on a split's test images: (numbers for `result.json`,
     class logits (N, C), prompt weights (N, G)).
 
-    own: whether the dataset is the run's own, whose templates it then uses. changed: its settings
-    other than default. clip: as in `load_run`.
+    own: whether the dataset is the run's own; CLIP then gets the run's templates. changed: the
+    run's settings that differ from the defaults. clip: as in `load_run`.
     """
     config, model = run.config, run.model
     if config["method"] in PROBES:
@@ -212,7 +212,7 @@ def measure(run, split, classes, own, changed, clip=None):
     untrained = run.untrained(split.dataset, groups, split.class_names)
     accuracies = [results.accuracy_on(m, split, "test", features) for m in untrained.values()]
 
-    # The run itself, whose features may be others.
+    # The run itself. Its features may differ from CLIP's.
     model = untrained.get(config["method"], model)  # zeroshot, ensemble: for the target's classes
     if learns_images(config) or run.takes_raw:
         how = {"cached": not learns_images(config), "raw": run.takes_raw}
@@ -225,7 +225,7 @@ def measure(run, split, classes, own, changed, clip=None):
 
 
 def check_same_target(run, full_split, file, own):
-    """A run keeps one evaluation per name. Raises BadInput if `file` would hold another dataset's.
+    """A run keeps one evaluation per dataset name. Raises BadInput if `file` is another dataset's.
 
     own: whether the name is the run's own. Its folder may have moved; its classes identify it.
     """
@@ -298,11 +298,11 @@ def run_command_line():
     add("--data", help="the folder that holds all datasets (by default the run's)")
     add("--clip", help="path of the run's CLIP, if it has moved")
     add("--device", help="cpu, cuda or cuda:1 (by default a GPU if there is one)")
-    add("--images", nargs="+", metavar="PATH", help="classify photos, folders of photos, patterns")
+    add("--images", nargs="+", metavar="PATH", help="classify photos, folders or patterns")
     add("--names", help="class names for --images, separated by commas, or a file of them")
     add("--csv", type=Path, metavar="FILE", help="write the answer for every image as a table")
     add("--words", action="store_true", help="print the words nearest to the learned vectors")
-    add("--export", type=Path, metavar="FILE", help="write an .npz file to classify with in NumPy")
+    add("--export", type=Path, metavar="FILE", help="write an .npz file for classifying with NumPy")
     add("--table", type=Path, metavar="DIR", help="print all runs below DIR as Markdown")
     add("--plots", type=Path, metavar="DIR", help="draw all runs below DIR, into DIR")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The three losses. total = image + gate_weight * gate + text_weight * text, with weights 1 and 5.
 
-Letters in shapes: B images, C classes, G prompts, T templates, D feature width.
+Dimensions: B images, C classes, G prompts, T templates, D feature width.
 """
 
 import torch
@@ -24,8 +24,8 @@ def gate_loss(gate_logits, target):
 def text_loss(text_features, prototypes, scale=1.0):
     """Ties each soft prompt to its own group's hard prompts, class by class.
 
-    Soft prompt g with class c should be more like prototype [g, c] than like the prototypes of
-    other classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups
+    Soft prompt g with class c should be more similar to prototype [g, c] than to those of other
+    classes: cross-entropy of scale * t[g] @ p[g].T with the diagonal, averaged over groups
     and classes. `scale` is 1, as in the published code: the softmax never saturates, so every class
     always gets a gradient. Even t = p is not the minimum: two orthogonal classes have a loss of
     ln(1 + 1/e) = 0.313, and pushing them further apart lowers it. LASP, where the idea comes

@@ -1,6 +1,6 @@
 """Prompt learning: sentences whose words have become vectors, and the sentences they start from.
 
-A *template* is a sentence with a place for the class name: "a photo of a {}.". Templates that say
+A *template* is a sentence with a slot for the class name: "a photo of a {}.". Templates that say
 the same thing about an image form a *group*. The published groups of EuroSAT, one per line:
 
     a centered satellite photo of {}.
@@ -11,15 +11,15 @@ the same thing about an image form a *group*. The published groups of EuroSAT, o
         a pixelated photo of the {}. | a pixelated photo of a {}.
     a good photo of the {}. | a good photo of a {}.
 
-A *hard prompt* is a template as it stands: fixed text that CLIP reads. Each group gives
+A *hard prompt* is a template as written: fixed text that CLIP reads. Each group provides
 
 - one *hard prototype* per class: the mean feature of its templates with that class name, and
-- one *soft prompt*: its first template, in which every word but the class name is replaced by a
-  trainable vector.
+- one *soft prompt*: its first template, in which every word except the class name is replaced by
+  a trainable vector.
 
 `TextEncoder` is the one place where words are replaced.
-Letters in shapes: G groups = soft prompts, T templates, C classes, N sentences, L tokens in a
-sentence, V context vectors, W width of the text encoder, D width of the joint embedding, B images.
+Dimensions: G groups = soft prompts, T templates, C classes, N sentences, L tokens in a sentence,
+V context vectors, W width of the text encoder, D width of the joint embedding, B images.
 """
 
 import functools
@@ -45,7 +45,7 @@ class TextEncoder:
         a photo of a cat      SOS  v0 v1 v2 v3  cat  EOT       v0 ... v3: context vectors
 
     This is the straightforward implementation. lib/fast_text.py has the same interface and gives
-    the same numbers, but computes only once what sentences have in common.
+    the same numbers, but computes what sentences have in common only once.
     """
 
     def __init__(self, clip_model, sentences):
@@ -99,7 +99,7 @@ class TextEncoder:
 def template_features(clip_model, templates, class_names, text_encoder=TextEncoder):
     """CLIP's text features of every template with every class name: (T, C, D), normalised.
 
-    Each sentence ends in exactly one full stop, whether the template has it or not.
+    Each sentence ends in exactly one full stop, whether or not the template has one.
     Raises PromptError for a template without {}, a sentence that is too long, a word without an
     embedding, and features that are not finite.
     """
@@ -131,7 +131,7 @@ def hard_prototypes(features, groups):
 
 
 class HardText(NamedTuple):
-    """CLIP's features of the hard prompts, with the classes that the soft prompts know."""
+    """CLIP's features of the hard prompts, with the class names used in training."""
 
     features: torch.Tensor  # (T, C, D), of every template
     prototypes: torch.Tensor  # (G, C, D), of every group
@@ -156,7 +156,7 @@ class SoftPrompts(nn.Module):
 
     SOS, the name's tokens and EOT stay frozen. The full stop is dropped, as in the published code
     (hard prompts keep theirs), or kept frozen, as in CoOp. Since no vector belongs to a class, the
-    prompts can be read with any names, including those of classes that training never saw.
+    prompts can be read with any names, including those of classes not seen in training.
     """
 
     def __init__(
@@ -285,8 +285,8 @@ def check_words(known, ids, text):
 
 
 def check_apart(names, folders=None):
-    """Raises PromptError if two class names have the same CLIP tokens, however their capitals,
-    spaces, accents or HTML are written. folders: how the message refers to the classes."""
+    """Raises PromptError if two class names have the same CLIP tokens, regardless of capitals,
+    spaces, accents or HTML entities. folders: how the message refers to the classes."""
     seen = {}
     for name, called in zip(names, folders or names):
         ids = tuple(token_ids(name))

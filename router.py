@@ -4,11 +4,11 @@ For every image the router scores all G prompts from the image feature (one line
 the K best and turns their scores into weights. The class text features of those K prompts,
 averaged with the weights, classify the image.
 
-The hard prompts tell which choice is good: an image is described best by the group whose hard
-prototype of the image's *own* class is most like it. `gate_target` turns that into the soft target
-of the gate loss (hard-prompt-guided gating). No label of the image's style is needed.
+The hard prompts show which choice is good: an image is described best by the group whose hard
+prototype for the image's *own* class is most similar to it. `gate_target` turns that into the soft
+target of the gate loss (hard-prompt-guided gating). No label of the image's style is needed.
 
-Letters in shapes: B images, C classes, G prompts, K prompts used per image, D feature width.
+Dimensions: B images, C classes, G prompts, K prompts used per image, D feature width.
 """
 
 import torch
@@ -51,7 +51,7 @@ class FrozenRouter(Router):
 
 
 class UniformRouter(nn.Module):
-    """For ablations, and for methods with one prompt: the plain average of all prompts,
+    """For ablations, and for methods with one prompt: a plain average of all prompts,
     regardless of `top_k`."""
 
     guided = False
@@ -97,7 +97,7 @@ def gate_target(image_features, prototypes, labels, top_k):
     s[b, g] = f[b] . p[g, y_b]; the K largest get +10 before the softmax, as in the published
     code. Cosine similarities of one image differ by a few hundredths, so a plain softmax would be
     almost uniform. The factor e^10 = 22,026 puts practically all of the target on the K best, and
-    each of them keeps a target near 1/K.
+    each of them gets a target near 1/K.
 
     image_features (B, D) and prototypes (G, C, D) normalised, labels (B,). Returns (B, G), rows
     summing to 1.

@@ -12,7 +12,7 @@ Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/
 used for which images). The same settings give the same numbers, bit for bit on the same CPU.
 
 From top to bottom: the settings, the model, its losses, the loop, a whole run.
-Letters in shapes: B images in a batch, N images, C classes, G prompts, T templates, D features.
+Dimensions: B images in a batch, N images, C classes, G prompts, T templates, D features.
 """
 
 import math
@@ -47,7 +47,7 @@ from router import GATE_TARGETS, ROUTERS, mixed_logits
 CLASSES = "all", "base", "new"
 
 # fmt: off
-SETTINGS = {  # {section: {name: (default, the least value or the choices, help)}}
+SETTINGS = {  # {section: {name: (default, minimum or choices, help)}}
     "task": {
         "dataset": ("shapes", None, f"{', '.join(DATASETS)}; or a folder of images"),
         "shots": (16, 1, "number of training images per class"),
@@ -56,10 +56,10 @@ SETTINGS = {  # {section: {name: (default, the least value or the choices, help)
         "method": ("mocoop", lambda: METHODS, "training method; it sets the defaults below"),
         "clip": (None, None, "an OpenAI name such as ViT-B/16, a file of weights, or bundled"),
         "groups": ("dataset", None, "groups of templates: the dataset's, auto (found by clustering)"
-            ", or a file with a template per line and a blank line between groups"),
+            ", or a file with one template per line and a blank line between groups"),
     },
     "method": {  # the defaults are MoCoOp's published values
-        "n_groups": (0, 0, "number of groups for --groups auto (0: by the best silhouette)"),
+        "n_groups": (0, 0, "number of groups for --groups auto (0: chosen by the best silhouette)"),
         "one_group": (False, None, "put all templates in one group"),
         "init": ("template", None, "initial words: template (the first of each group), random "
             "vectors, or one template for all prompts"),
@@ -74,24 +74,24 @@ SETTINGS = {  # {section: {name: (default, the least value or the choices, help)
         "gate_target": ("label", GATE_TARGETS, "which prompts the gate loss favours: those closest "
             "to the image for its own class (label), or averaged over classes (mean)"),
         "text_weight": (5.0, 0, "weight of the text loss"),
-        "text_scale": (1.0, 0, "scale of similarities in the text loss"),
+        "text_scale": (1.0, 0, "scale of the similarities in the text loss"),
         "text_target": ("prototypes", TEXT_LOSSES, "what the text loss compares a prompt with: its "
             "group's prototype, or each template of the group"),
-        "text_names": ("all", ("all", "seen"), "whose names the text loss reads: those of all "
-            "classes, or only of classes with training images"),
+        "text_names": ("all", ("all", "seen"), "class names that the text loss reads: all, or "
+            "only those of classes with training images"),
         "epochs": (50, 1, "number of passes over the training images"),
         "warm_up": (5, 0, "number of epochs at a learning rate of 1e-5; at most an eighth of all"),
         "batch_size": (32, 1, "number of images per step"),
-        "lr": (0.032, 1e-9, "learning rate; unless given, it is proportional to the batch size"),
+        "lr": (0.032, 1e-9, "learning rate; by default proportional to the batch size"),
         "max_grad_norm": (1.0, 0, "maximum gradient norm (0 disables clipping)"),
         "views": (8, 1, "number of random crops per training image"),
     },
-    "machine": {  # where a run is computed; changes no result
+    "machine": {  # where a run is computed; no effect on its results
         "data": ("data", None, "the folder that holds all datasets"),
-        "device": (None, None, "cpu, cuda or cuda:1; unless given, a GPU if there is one"),
+        "device": (None, None, "cpu, cuda or cuda:1; by default a GPU if there is one"),
         "text_encoder": ("fast", ("fast", "plain"), "both give the same numbers"),
-        "chunk": (None, 1, "number of sentences that the fast text encoder reads at a time"),
-        "out": (None, None, "the run's folder; unless given, out/<dataset>/<run>"),
+        "chunk": (None, 1, "number of sentences encoded at a time by the fast text encoder"),
+        "out": (None, None, "the run's folder; by default out/<dataset>/<run>"),
         "resume": (False, None, "continue this run where it was interrupted"),
     },
 }
@@ -115,7 +115,7 @@ COOP = ONE_PROMPT | {
 }
 LASP = {"text_target": "templates", "text_weight": 10.0, "text_scale": 100.0, "text_bias": True}
 PROBES = "linear", "linear_zeroshot"
-BASELINES = "zeroshot", "ensemble", *PROBES  # no prompts: none of the method's settings
+BASELINES = "zeroshot", "ensemble", *PROBES  # no prompts, so no method settings
 METHODS = {
     "mocoop": {},
     "coop": COOP,  # Zhou et al., IJCV 2022
@@ -151,7 +151,7 @@ class MoCoOp(nn.Module):
 
     def __init__(self, clip_model, groups, class_names, config):
         """clip_model: from `load_clip`. groups: lists of templates, one soft prompt each.
-        class_names: read with the prompts in training. config: from `default_config`.
+        class_names: those used in training. config: from `default_config`.
 
         Raises PromptError for templates or names that this CLIP cannot read.
         """
@@ -159,7 +159,7 @@ class MoCoOp(nn.Module):
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
-            templates = [config["init"]]  # a single prompt is named after its start
+            templates = [config["init"]]  # a single prompt is named after its initial words
         how = config["init"], config["full_stop"], text_encoder_of(config)
         self.prompts = SoftPrompts(clip_model, templates, class_names, *how)
         top_k = min(config["top_k"], len(groups))
@@ -192,7 +192,7 @@ class MoCoOp(nn.Module):
     @torch.no_grad()
     def logits(self, image_features, class_names=None, text_features=None):
         """Class logits (N, C) and prompt weights (N, G) of images (N, D) in bounded memory, for the
-        classes the prompts know or any others. text_features: of these classes, if known."""
+        classes the prompts know or any others. text_features: of these classes, if computed."""
         n_classes = len(class_names or self.prompts.class_names)
         n_at_once = max(1, 2**20 // (len(self.templates) * n_classes))  # bounds (B, G, C)
         shared = text_features
@@ -244,7 +244,7 @@ def make_model(clip_model, groups, class_names, config):
 
 
 def learns_images(config):
-    """Whether part of the image encoder is trained. Its features cannot be cached then."""
+    """Whether part of the image encoder is trained. Image features then cannot be cached."""
     return config["image_side"] not in (None, "frozen")
 
 
@@ -300,8 +300,8 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     the share of each prompt in every epoch.
 
     images: from `training_features`, or `lib.features.CachedImages` of features (N, D). labels
-    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with the state that
-    is needed to continue. state: the last state passed to `save`, to continue from there.
+    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with the state
+    needed to continue. state: the last state passed to `save`, to continue from there.
     Raises BadInput if training diverges.
     """
     config, batch_size = model.config, model.config["batch_size"]
@@ -353,7 +353,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
 
 @dataclass
 class Task:
-    """What a run learns from: images, the frozen CLIP, class names and templates."""
+    """A run's inputs: images, the frozen CLIP, class names and templates."""
 
     config: dict
     split: Split  # the few-shot sample and its test images
@@ -393,7 +393,7 @@ def run_in(folder, config, resume, device):
     defaults = preset(method, config["dataset"], config["shots"], config["batch_size"])
     state = runs.open_run(folder, config, resume, defaults, MACHINE)
 
-    # 2. What is learned from, and the model.
+    # 2. The inputs and the model.
     task = load_task(config, device)
     split = task.split
     parts = [task.groups, task.fingerprint, task.names, split.train]
@@ -419,7 +419,7 @@ def run_in(folder, config, resume, device):
         model, seconds = train_probe(task, untrained["zeroshot"])
     else:
         model = untrained[method]
-    if learns_images(config) or method == "linear":  # it reads other features than CLIP as it is
+    if learns_images(config) or method == "linear":  # its features differ from those above
         how = {"cached": not learns_images(config), "raw": method == "linear"}
         test, val = (task.features(part, **how) for part in ("test", "val"))
 
@@ -457,8 +457,8 @@ def load_task(config, device):
     if config["method"] in PROBES and not split.val:
         raise BadInput("a linear probe chooses its strength on val images, and there are none")
     clip_model, fingerprint = load_clip(config["clip"], device)
-    # The text loss reads the names of all classes, also of those without images. If it does not,
-    # they would have no effect.
+    # The text loss reads the names of all classes, including those without images.
+    # Otherwise such names would have no effect.
     names, seen = split.class_names, slice(None)
     if config["text_weight"] and config["text_names"] == "all":
         names = full_split.class_names
@@ -505,7 +505,7 @@ def zero_shot_and_ensemble(clip_model, dataset, class_names, features, config):
     """CLIP as it is, the baselines without training: {"zeroshot": ..., "ensemble": ...}.
 
     zeroshot: the one template that CoOp uses for the dataset. ensemble, the stronger baseline: the
-    features (T, C, D) of all templates, averaged and normalised. Both hold one vector per class.
+    features (T, C, D) of all templates, averaged and normalised. Both have one vector per class.
     """
     template, text_encoder = row_of(dataset).zero_shot, text_encoder_of(config)
     one = template_features(clip_model, [template], class_names, text_encoder)[0]
@@ -527,7 +527,7 @@ def preset(method, dataset, shots, batch_size=None):
     if method in BASELINES:
         return dict.fromkeys(published) | own
     row = published | METHODS[method] | own
-    # The rate is for the method's own batch size. It is scaled in proportion to a given one.
+    # The rate is for the method's own batch size. For another one, it is scaled in proportion.
     row["lr"] *= (batch_size or row["batch_size"]) / row["batch_size"]
     if isinstance(row["epochs"], dict):
         shots = 1 if dataset == "imagenet" else shots
@@ -540,7 +540,7 @@ def configure(arguments=None):
 
     arguments: a list of words, or None for the program's own. config: {setting: value}, as in
     `result.json`; the value is None where the method has no such setting. `--help` prints the
-    settings with the defaults of the method that is named, and exits.
+    settings with the defaults of the chosen method, and exits.
     Raises BadInput for settings that are unknown or have no effect.
     """
     parser = settings_parser(SETTINGS, __doc__)
@@ -571,8 +571,8 @@ def default_config(**given):
 
 
 def no_effect(config):
-    """(setting, whether it changes nothing in this configuration, why) of all settings that can be
-    without effect. To give one then is a mistake, and no ablation."""
+    """(setting, whether it has no effect in this configuration, why), for every setting that may
+    have none. Giving it then is a mistake, not an ablation."""
     c, no_text = config, config["text_weight"] == 0
     guided = c["router"] is not None and ROUTERS[c["router"]].guided
     rules = (

@@ -2,7 +2,7 @@
 
 Nothing of the project is used: clip's own encoders read one whole sentence per row, every prompt
 with every class in every step; optimiser, schedule and losses are written out. Settings are those
-of the papers. Letters in shapes: as everywhere.
+of the papers. Dimensions: as everywhere.
 """
 
 import copy
