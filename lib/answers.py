@@ -1,4 +1,4 @@
-"""What a run answers, for people and other programs: photos, tables, sheets of samples, exports.
+"""A run's answers, for people and other programs: photos, tables, sheets of samples, exports.
 
 A *run* is an `eval.Run`; its answer for an image is a class and the prompts that were used.
 """
@@ -36,9 +36,8 @@ def used_prompts(weights, templates):
 
 
 def find_photos(paths):
-    """The files that paths, folders (with all images below them) and patterns name, each once.
-    Other files in the folders are named on standard error. Raises BadInput for a path that names no
-    image."""
+    """The files that match paths, folders (all images below them) and patterns, each once. Reports
+    other files in the folders on standard error. Raises BadInput for a path without an image."""
     found, left_out = [], []
     for path in paths:
         files = []
@@ -93,8 +92,8 @@ def write_csv(file, rows, templates):
 def classify_files(run, files, names=None, csv_file=None):
     """Prints for each photo the three best classes with their probabilities, and its prompts.
 
-    names: your own class names. csv_file: where to write the same as a table. Unreadable photos
-    are named on standard error. Returns their number. Raises BadInput if none can be read.
+    names: your own class names. csv_file: where to write the same as a table. Prints unreadable
+    photos to standard error and returns their number. Raises BadInput if none can be read.
     """
     class_names, rows = names or run.class_names, []
     classify = run.classifier(class_names)
@@ -151,8 +150,8 @@ def draw_samples(split, predictions, weights, templates, path):
 
 
 def export(run, file):
-    """Writes all that classification needs to an .npz file, for use without PyTorch: the README
-    has ten lines of NumPy that classify an image feature with it.
+    """Writes everything needed for classification to an .npz file, for use without PyTorch: ten
+    lines of NumPy in the README classify an image feature with it.
 
     Raises BadInput for a run without prompts, and for a run whose answers the file could not
     reproduce: one that shifts the prompts for each image or has changed the image encoder.

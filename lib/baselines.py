@@ -3,7 +3,7 @@
 The linear probe is CoOp's baseline, logistic regression on image features. `--groups auto`
 clusters templates, which are otherwise grouped by hand.
 
-Letters in shapes: N images, C classes, T templates, D feature width.
+Dimensions: N images, C classes, T templates, D feature width.
 """
 
 import time
@@ -23,7 +23,7 @@ class ClassVectors(nn.Module):
     templates, top_k = (), 0  # no prompts
 
     def __init__(self, class_names, weight, bias=None, scale=1.0):
-        """class_names: the C names it answers with. weight: (C, D). bias: None or (C,). scale:
+        """class_names: the names of its C classes. weight: (C, D). bias: None or (C,). scale:
         factor of the logits; CLIP's if the vectors are text features."""
         super().__init__()
         self.class_names, self.scale = list(class_names), scale
@@ -105,8 +105,8 @@ def fit_probe(class_names, features, val_features, labels, val_labels, start=Non
             left = (left + right) / 2
         else:
             right = (left + right) / 2
-    # CoOp ends with the better half of the last step. This takes the best of all tried, and of
-    # equal ones the first; with few validation images, many are equal.
+    # CoOp ends with the better half of the last step. This takes the best of all tried, the
+    # first in case of a tie; with few validation images, ties are common.
     exponent = max(tried, key=accuracy)
     print(f"L2 strength chosen on val images: C = {10.0**exponent:.3g}")
     _, weight, bias = tried[exponent]
@@ -151,7 +151,7 @@ def group_templates(templates, features, n_groups=0):
     """Clusters templates into groups, lists of strings, and prints them.
 
     features: (T, C, D), text features of all templates and classes. n_groups: number of groups; 0
-    takes the number with the best silhouette. Raises BadInput for more groups than templates.
+    picks the number with the best silhouette. Raises BadInput for more groups than templates.
     """
     if n_groups > len(templates):
         raise BadInput(f"--n-groups {n_groups} is above the number of templates, {len(templates)}")

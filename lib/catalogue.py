@@ -273,7 +273,7 @@ def read_groups(file):
     """Template groups of your own: one template per line, a blank line between groups.
 
     Returns lists of strings. Raises BadInput if the file cannot be read, is empty, has a line that
-    is no template as it stands, or has two groups with the same first template.
+    is not a valid template, or has two groups with the same first template.
     """
     groups = [[]]
     for number, line in enumerate(read_text(file).splitlines(), 1):

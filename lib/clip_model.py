@@ -30,9 +30,9 @@ def load_clip(name, device):
     """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
     A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
-    checkpoint (see `_state_dict`), or a state dict with the embeddings of some tokens only. In the
+    checkpoint (see `_state_dict`), or a state dict with embeddings for only some tokens. In the
     last case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown
-    word is noticed and not mistaken for a known one.
+    word is noticed instead of mistaken for a known one.
 
     Returns (`clip.model.CLIP`, fingerprint): the fingerprint is a hash of all weights, which
     identifies this CLIP in feature caches and checkpoints.
@@ -75,7 +75,7 @@ def load_clip(name, device):
 
 
 def _read_weights(path):
-    """The content of a TorchScript archive or of a file of `torch.save`, a dictionary."""
+    """The content of a TorchScript archive or of a file from `torch.save`, as a dictionary."""
     try:
         with ZipFile(path) as archive:
             script = any(name.endswith("/constants.pkl") for name in archive.namelist())

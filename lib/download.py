@@ -1,6 +1,6 @@
 """Downloads a file, resuming where it stopped, or an archive, which is then unpacked.
 
-A file or folder with its final name is complete: it is written under another name, renamed last.
+A file or folder with its final name is complete: it is written under another name and renamed last.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows has no locks that are released when a process ends
     fcntl = None
 
-STALL = 20  # a download is given up after so many seconds without a new byte
+STALL = 20  # seconds without a new byte after which a download is given up
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: only on a terminal
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError)
@@ -72,7 +72,7 @@ def download(url, path, way_out, sha256=None, copies=1):
                         break
                     have = 0  # the part is longer than the file
                     continue
-                # Before the first byte, an unknown host or a refusal is not tried again.
+                # Before the first byte, an unknown host or a refusal is not retried.
                 refused = isinstance(error, URLError) and not most
                 if refused or time.monotonic() - grown >= STALL:
                     reason = str(error).strip("<>")
@@ -122,7 +122,7 @@ def file_sha256(path):
 def fetch_dataset(url, folder, contents, sha256=None):
     """Makes a dataset's folder from the zip file at `url`, unless it already holds more than lists.
 
-    A zip file that the user has put beside the folder is used instead, and kept. Lists that are in
+    A zip file that the user has put beside the folder is used instead, and kept. Lists already in
     the folder replace the archive's. contents: what to look for in the archive, the image folder
     first. Raises BadInput.
     """

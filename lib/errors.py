@@ -13,8 +13,8 @@ class BadInput(ValueError):
 def exit_on_bad_input(main, *kinds):
     """Runs a command line. Bad input prints one line and exits with status 2, without a traceback.
 
-    kinds: exceptions that count as bad input, besides BadInput, those of the operating system (no
-    permission, a full disk, a name that is too long) and memory that runs out.
+    kinds: exceptions that count as bad input, besides BadInput, operating-system errors (no
+    permission, a full disk, a name that is too long) and running out of memory.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, but progress bars write there
@@ -44,7 +44,7 @@ def exit_on_bad_input(main, *kinds):
 
 
 def out_of_memory(error):
-    """Whether an exception means that the memory of a GPU or the computer has run out. torch has an
+    """Whether an exception means that a GPU or the computer has run out of memory. torch has an
     exception class for one case; the others only show in the message."""
     words = "out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED"
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None

@@ -1,4 +1,4 @@
-"""Fast versions of the attention blocks that both CLIP encoders consist of; the fast image encoder.
+"""Fast versions of the attention blocks that make up both CLIP encoders; the fast image encoder.
 
 A block computes what `clip.model.ResidualAttentionBlock` does, with less work:
 
@@ -12,7 +12,7 @@ A block computes what `clip.model.ResidualAttentionBlock` does, with less work:
 A block therefore holds copies of most weights, made when it is first used. Changing CLIP's weights
 later has no effect on it, except for LayerNorms.
 
-Letters in shapes: R rows of a batch, L positions in a row, W width of the encoder.
+Dimensions: R rows of a batch, L positions in a row, W width of the encoder.
 """
 
 import weakref

@@ -6,14 +6,14 @@ Prompt learning reads the same few prompts with every class name, in every step:
     a photo of a [blue ring]       and reads one of these: EOT. Attention is causal, so most of
     a photo of a [green star]      that work is repeated or never used.
 
-Here the sentences of a prompt form a tree, since they begin alike, and so may their names:
+Here the sentences of a prompt form a tree, since they begin alike, as may their names:
 
     SOS a photo of a -- red -- star EOT         A node of the tree is a token and all the tokens
                      |      \\- ring EOT         before it. The encoder computes the same there
                       \\- blue -- ring EOT       for every sentence that contains the node.
 
 Each node is computed once, and nothing is computed after an EOT. The results equal those of
-`TextEncoder` in prompts.py. Trees are independent of each other: to bound the memory, some trees
+`TextEncoder` in prompts.py. Trees are independent of each other: to limit memory, some trees
 are encoded at a time; to split the work, each process gets some of the trees.
 
 Nodes are numbered depth first. `last[j]` is the last node below node j in the tree, so j precedes
@@ -21,7 +21,7 @@ or equals i in a sentence exactly if j <= i <= last[j]. Everything but attention
 nodes. Attention works on *rows* of neighbouring sentences: a row that begins in the middle of the
 tree repeats the path to its first sentence. A mask keeps the sentences of a row apart.
 
-Letters in shapes: P nodes, R rows, L nodes in a row, N sentences, W width of the encoder, D of
+Dimensions: P nodes, R rows, L nodes in a row, N sentences, W width of the encoder, D of
 its output, G prompts, C classes, V learned vectors.
 """
 
@@ -38,7 +38,7 @@ from lib.fast_clip import blocks_of
 
 CHUNK = {"cpu": 1024, "cuda": 8192}  # sentences encoded at a time; 8,192 take 5 GB at CLIP's size
 # A node in a row of L nodes costs L for attention, and this much for copying it to the row and
-# back. (Measured; a wide range works as well.)
+# back. (Measured; a wide range of values works as well.)
 MOVING = 40
 
 # ------------------------------------------------------------------------------ the text encoder

@@ -1,18 +1,18 @@
 """Image features: preprocessing, views, the frozen image encoder, and the cache on disk.
 
 CLIP's image encoder is frozen, so an image's feature never changes. Each image is encoded once, a
-training image once per *view* (an augmented crop), and the features are kept on disk for every
-later run with another seed, method or number of shots. Threads load one batch ahead of the encoder:
+training image once per *view* (an augmented crop), and the features are kept on disk for
+later runs with any seed, method or number of shots. Threads load one batch ahead of the encoder:
 Pillow and torch release the GIL while they work.
 
-A dataset has a folder in the cache. It holds one folder per CLIP and way of encoding, and these
-hold *shards*: files of keys and rows. A shard is written under a temporary name, then renamed, and
+Each dataset has a folder in the cache, with one folder per CLIP and way of encoding. These contain
+*shards*: files of keys and rows. A shard is written under a temporary name, then renamed, and
 never changes afterwards, so several runs can share the cache. At worst, two encode the same image.
 
 An image's key identifies its content: its path below the dataset's folder, its size and a digest of
 its first bytes. So a dataset and its cache can be copied to another disk. Two of your own folders
-may have the same name, and scans in them the same size and white margin, so there the file's time
-is part of the key. A folder that has moved, or was copied with its times, is still found.
+may have the same name, and scans in them the same size and white margin, so there the modification
+time is part of the key. A folder that was moved, or copied with its times, is still found.
 """
 
 import contextlib
@@ -103,8 +103,8 @@ def as_clip_reads(images, device):
 def load_image(split, path, view, size):
     """An image of a split, preprocessed: uint8 (3, size, size).
 
-    view: None for the test transform, else the number of the view. Only path and number seed its
-    crop, so that runs of all seeds and methods share it.
+    view: None for the test transform, else the number of the view. Only the path and this number
+    seed its crop, so that runs of all seeds and methods share it.
     """
     rng = None
     if view is not None:
@@ -230,11 +230,11 @@ def _save_rows(folder, rows):
 def image_features(
     clip_model, fingerprint, split, items, n_views=None, what="images", cached=True, raw=False
 ):
-    """CLIP's features of images, L2-normalised, each encoded once and then taken from the cache.
+    """CLIP's features of images, L2-normalised, each encoded once and then read from the cache.
 
     clip_model, fingerprint: from `load_clip`. split: opens and names the images. items: from its
     lists. n_views: None for the test transform, else how many augmented views per image.
-    what: the images' name in the printed line on how many features came from the cache.
+    what: what to call the images in the line that counts features from the cache.
     cached: False for an encoder that has been trained since its fingerprint was computed.
     raw: do not normalise the features; the linear probe expects CLIP's own length.
     Returns (N, D), or (N, views, D), on the model's device.
@@ -243,7 +243,7 @@ def image_features(
     device, width = clip_model.logit_scale.device, clip_model.text_projection.shape[1]
     if not items:
         return torch.zeros(0, width, device=device)
-    # The cache distinguishes all that a feature depends on: the folder's name stands for the
+    # The cache distinguishes everything a feature depends on: the folder's name stands for the
     # weights and the way of encoding, a row's key for the image and the view.
     how = [ENCODING, fingerprint, device.type, PIL.__version__, version("torchvision")]
     folder = CACHE / split.name / _hashed("|".join(map(str, how))).hex()
@@ -284,8 +284,8 @@ def _encode(clip_model, split, wanted, bar):
     """Features of images, one array (D + 1,) each: the unit vector, and the norm before scaling.
 
     wanted: (path, view) of each. Every batch is padded with zeros to the same size: with equal
-    shapes, an image's result does not depend on the others in its batch, so the features of a run
-    depend on what was cached before it by rounding at most.
+    shapes, an image's result does not depend on the others in its batch, so what was cached
+    before a run changes its features by rounding at most.
     """
     device = clip_model.logit_scale.device
     size, n = clip_model.visual.input_resolution, BATCH[device.type]
@@ -383,12 +383,12 @@ N_PROMPTS = 4
 
 
 def learnable_part(clip_model, side):
-    """The part of the image encoder that `--image-side` trains, a module; None for `frozen`. The
+    """The part of the image encoder that `--image-side` trains, as a module; None for `frozen`. The
     encoder uses it only after `attach`.
 
     side: `layer-norms`, those of the blocks, as in MoCoOp's and LASP's published runs; or
-    `prompts`: N_PROMPTS tokens that join an image's patches before the first block (visual prompt
-    tuning, shallow, arXiv 2203.12119). Raises BadInput for a ResNet, which has neither.
+    `prompts`: N_PROMPTS tokens added to an image's patches before the first block (shallow
+    visual prompt tuning, arXiv 2203.12119). Raises BadInput for a ResNet, which has neither.
     """
     if side == "frozen":
         return None
@@ -403,6 +403,6 @@ def learnable_part(clip_model, side):
 
 
 def attach(clip_model, part):
-    """Makes the image encoder use a `learnable_part`. LayerNorms are in it from the start."""
+    """Makes the image encoder use a `learnable_part`. LayerNorms are part of it from the start."""
     if isinstance(part, nn.ParameterList):
         clip_model.visual.prompts = part[0]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: each is written under a temporary name, then renamed."""
+"""Files that are complete or absent: each is written under a temporary name, then renamed."""
 
 import contextlib
 import errno
@@ -16,8 +16,8 @@ from lib.errors import BadInput, out_of_memory
 
 @contextlib.contextmanager
 def writable_folder(folder, way_out=""):
-    """Makes sure that a folder exists and can be written in. If it was made for this block and is
-    still empty at the end, it is removed. Raises BadInput if it cannot be written in."""
+    """Makes sure that a folder exists and is writable. If it was created for this block and is
+    still empty at the end, it is removed. Raises BadInput if it is not writable."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def writable_folder(folder, way_out=""):
 
 @contextlib.contextmanager
 def replacing(path, way_out=""):
-    """Yields a temporary path beside `path`, renamed to `path` if the block succeeds. Readers find
+    """Yields a temporary path beside `path`, renamed to `path` if the block succeeds. Readers see
     the old file or the new one. If the block raises, nothing is left behind.
 
     Raises BadInput for a full disk. way_out: what to do besides making room there.

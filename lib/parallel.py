@@ -66,7 +66,7 @@ def world():
 
 
 def join(device):
-    """Joins the processes of torchrun, if there are any. From then on only the first one prints."""
+    """Joins the processes of torchrun, if there are any. From then on only the first prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     try:

@@ -36,11 +36,11 @@ def open_photo(file, as_coop=False):
 
 
 def upright_rgb(image):
-    """A PIL image in RGB, rotated as its EXIF data says (if that is damaged, as it lies). Pixels of
-    more than 8 bits are scaled down instead of cut off: 16-bit grey by its full range, 12 bits
+    """A PIL image in RGB, rotated according to its EXIF data, if that is readable. Pixels of
+    more than 8 bits are scaled down instead of clipped: 16-bit grey by its full range, 12 bits
     stored in 16 by theirs, other types by the range of the image's values. NaN, infinities and
     missing pixels become black."""
-    image.load()  # errors in the pixels count, those in the EXIF data do not
+    image.load()  # errors in the pixels are raised, those in the EXIF data are not
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:

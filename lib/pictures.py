@@ -1,4 +1,4 @@
-"""Pictures, from the `result.json` of runs and from test images."""
+"""Pictures made from the `result.json` of runs and from test images."""
 
 import contextlib
 import sys
@@ -29,7 +29,7 @@ def matplotlib_defaults():
             yield
     except BadInput:
         raise
-    except Exception as error:  # of any kind: a picture must not lose a result
+    except Exception as error:  # of any kind: a failed picture must not lose a result
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"cannot draw: {reason}") from error
 
@@ -61,7 +61,7 @@ def save_figure(figure, path, dpi=120):
 @optional("the router's picture")
 @matplotlib_defaults()
 def router_picture(result, path):
-    """Draws the router's table of a `result.json` as a heat map."""
+    """Draws the router's table from a `result.json` as a heat map."""
     save_figure(router_figure([result], f"{result['dataset']}, {result['classes']} classes"), path)
 
 
@@ -105,7 +105,7 @@ def samples_picture(images, titles, path):
 def draw_pictures(runs, folder):
     """Draws `few_shot.png` and `router.png` into the folder, from the runs on all classes that kept
     their method's settings. File names start with the dataset if there are several; a router's ends
-    in the method if it is not mocoop.
+    with the method if it is not mocoop.
 
     runs: from `lib.runs.find_runs`. Raises BadInput if there is nothing to draw.
     """

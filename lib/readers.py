@@ -63,8 +63,8 @@ def read_known(dataset, folder):
 
 
 def are_the_fields(dataset, lists):
-    """Whether few-shot samples of these lists are CoOp's, image for image. Prints if their sizes
-    are not those of the field's split."""
+    """Whether few-shot samples of these lists are CoOp's, image for image. Prints a warning if
+    their sizes are not those of the field's split."""
     row, counts = DATASETS[dataset], tuple(len(lists[part]) for part in PARTS)
     if not all(n in (None, found) for n, found in zip(row.counts, counts)):
         expected = tuple("any" if n is None else n for n in row.counts)
@@ -200,7 +200,7 @@ def seeded_lists(items):
     for own in by_label.values():
         random.Random(0).shuffle(own)
         n_train = round(0.5 * len(own))
-        # At least one image is left for test, also of three.
+        # At least one image is left for test, even of three.
         n_val = min(round(0.2 * len(own)), len(own) - n_train - 1)
         lists["train"] += own[:n_train]
         lists["val"] += own[n_train : n_train + n_val]

@@ -31,7 +31,7 @@ def per_class_accuracy(predictions, labels, class_names):
 
 def confusion(predictions, labels, class_names):
     """{class name: {predicted class name: number of images}}, without zeros. Classes
-    are keyed by name, as in `result.json`, so two classes of one name share a row."""
+    are keyed by name, as in `result.json`, so two classes with the same name share a row."""
     counts = {name: {} for name in class_names}
     for label, answer in zip(labels.tolist(), predictions.tolist()):
         row, column = counts[class_names[label]], class_names[answer]
@@ -78,7 +78,7 @@ def mean_std(values):
 
 
 def announce(config, split, model):
-    """Prints what is about to be run."""
+    """Prints what the run is about to do."""
     own = split.source == "coop" and split.samples == "own"
     prompts = f" with {len(model.templates)} prompts, {model.top_k} per image" if model else ""
     print(
@@ -116,7 +116,7 @@ def print_epoch(epoch, model, lr, history, used):
 
 def evaluate_model(model, config, changed, split, classes, features):
     """Evaluates a model on the test images of a split: (the part for `result.json`, class logits
-    (N, C), prompt weights (N, G)). changed: the settings other than default. features: (N, D)."""
+    (N, C), prompt weights (N, G)). changed: settings not at their default. features: (N, D)."""
     logits, weights = model.logits(features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
     labels = split.labels(split.test)

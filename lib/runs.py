@@ -1,12 +1,12 @@
-"""A run's folder: its name, what it holds, and how it goes on after a stop.
+"""A run's folder: its name, its files, and how an interrupted run continues.
 
-    resume.pt        while training: all that is needed to continue
+    resume.pt        while training: everything needed to continue
     checkpoint.pt    the trained model
     result.json      its results and settings
     router.png, eval_*.json, eval_*.png, samples_*.png, why.json    made from these two
 
-A folder belongs to one configuration; another one is refused. A run that is repeated leaves the
-files of the earlier run alone until all of its own are on disk.
+A folder belongs to one configuration; another one is refused. A repeated run leaves the files of
+the earlier one alone until all of its own are on disk.
 """
 
 import hashlib
@@ -113,14 +113,14 @@ def check_made_of(folder, state, parts):
     return made_of
 
 
-STATE = {  # what a resume.pt holds
+STATE = {  # the keys of a resume.pt
     *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "order_rng"),
     *("torch_rng", "cuda_rng"),
 }
 
 
 def snapshot(epoch, seconds, usage, model, optimiser, order_rng):
-    """All that training needs to continue after `epoch` epochs, bit for bit."""
+    """Everything training needs to continue after `epoch` epochs, bit for bit."""
     on_gpu = next(model.parameters()).is_cuda
     return {
         "epoch": epoch,
@@ -186,7 +186,7 @@ def publish(folder, checkpoint, result, defaults, ignored):
 
 
 def print_finished(folder, result):
-    """Prints what a finished run has reached, and which of its files there are."""
+    """Prints the outcome of a finished run, and which of its files exist."""
     print(
         f"after training:  {result['method']} {result['accuracy']:.2f} % on"
         f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
@@ -217,7 +217,7 @@ def read_result(path):
 
 def find_runs(folder):
     """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries. Other
-    files of these names are left out, and named on standard error."""
+    files with these names are left out and reported on standard error."""
 
     def read(files):
         for file in sorted(files):

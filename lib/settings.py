@@ -1,8 +1,8 @@
-"""Command lines: a table of settings, and the parser made from it.
+"""Command lines: a table of settings, and the parser built from it.
 
 A table is {section: {name: (default, allowed, help)}}. `allowed` is None for any text, a number for
-the least value, the choices, or a function that returns choices which are defined further below. A
-default of True or False makes a switch.
+the minimum, the choices, or a function that returns choices defined later. A default of True or
+False makes a switch.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from lib.errors import BadInput
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows all defaults but None; for these, the help text says what happens."""
+    """Shows all defaults except None, which the help text explains."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -53,8 +53,8 @@ def defaults_of(*sections):
 
 
 def settings_parser(table, description):
-    """The parser of a table of settings. It returns only what a command line gives: `help`, too, so
-    that the program can print the defaults that belong to the other words."""
+    """The parser of a table of settings. It returns only what a command line gives, including
+    `help`, so that the program can print the defaults that follow from the other words."""
     parser = Parser(description, add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
     for section, rows in table.items():

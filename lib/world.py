@@ -6,12 +6,12 @@ pixelated, blurry, dark) that have words in the templates, as styles of photos h
 CLIP was trained on all 160 classes (`python -m tools.make_world`).
 
 The few-shot dataset `shapes` is 20 of the classes seen through another camera (a warm tint and
-mottled backgrounds that the CLIP never met), in all styles alike. Three more tasks: `shapes_fine`
+mottled backgrounds that the CLIP never saw), in all styles alike. Three more tasks: `shapes_fine`
 (20 classes that share their shapes and colours), `shapes_many` (40 classes), `shapes_cold` (20
-others through a worse camera: cold light, little contrast, noise, tiled backgrounds).
+others through a worse camera: cold light, low contrast, noise, tiled backgrounds).
 
-Four shifted test sets of `shapes` stand for ImageNet's: `shapes_v2` (striped backgrounds),
-`shapes_sketch` (dashed line drawings), `shapes_a` (turned, pushed aside, half hidden), `shapes_r`
+Four shifted test sets of `shapes` stand in for ImageNet's: `shapes_v2` (striped backgrounds),
+`shapes_sketch` (dashed line drawings), `shapes_a` (rotated, off-centre, half hidden), `shapes_r`
 (chalk, hatching, mosaic, cut-outs).
 
 An image is named by a path such as `test/red circle/sketch/003`, and that name seeds its drawing:
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # names this way to draw
+SOURCE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # identifies this way to draw
 SIZE = 32  # width and height of an image in pixels
-MOTTLE = 0.3  # how deep the downstream backgrounds' blotches are; the CLIP met at most 0.15
+MOTTLE = 0.3  # how deep the downstream backgrounds' blotches are; the CLIP saw at most 0.15
 FINE = 4  # masks are drawn this many times larger and averaged down: soft edges
 
 # ------------------------------------------------------------------------------- what there is
@@ -53,7 +53,7 @@ def _star(points, inner):
 _T = np.linspace(0.0, 2 * math.pi, 60, endpoint=False)
 _HEART = (16 * np.sin(_T) ** 3, 13 * np.cos(_T) - 5 * np.cos(2 * _T) - 2 * np.cos(3 * _T) + 1)
 _ARROW = [[-1, 0.3], [0.1, 0.3], [0.1, 0.8], [1, 0], [0.1, -0.8], [0.1, -0.3], [-1, -0.3]]
-_CROSS = [[-1, 1], [-1, 3], [1, 3], [1, 1], [3, 1], [3, -1]]  # and the same again, turned round
+_CROSS = [[-1, 1], [-1, 3], [1, 3], [1, 1], [3, 1], [3, -1]]  # and again, rotated by 180°
 
 # name -> outlines in [-1, 1], y up; a second outline is a hole
 SHAPES = {
@@ -232,7 +232,7 @@ def draw(colour, shape, style, seed, dataset=None):
 
 # ---------------------------------------------------------------------------------- datasets
 
-# name -> its styles; what is no task is a test set only
+# name -> its styles; those that are not tasks are test sets only
 DATASETS = {
     **dict.fromkeys(TASKS, STYLES),
     "shapes_v2": STYLES,
@@ -240,7 +240,7 @@ DATASETS = {
     "shapes_a": STYLES,
     "shapes_r": ("chalk", "hatched", "mosaic", "cutout"),
 }
-PER_CLASS = {"train": 64, "val": 24, "test": 120}  # shared equally by the styles
+PER_CLASS = {"train": 64, "val": 24, "test": 120}  # divided equally among the styles
 
 
 def class_names(dataset):
@@ -250,7 +250,7 @@ def class_names(dataset):
 def lists(dataset):
     """{"train" | "val" | "test": [(path, label), ...]} of a dataset.
 
-    A path, `test/red circle/sketch/003`, is all that it takes to draw an image.
+    A path, `test/red circle/sketch/003`, is all it takes to draw an image.
     """
     styles = DATASETS[dataset]
     return {

@@ -1,1 +1,1 @@
-"""Programs besides the scripts, run by `python -m tools.NAME`. Only tests import them."""
+"""Further programs, run as `python -m tools.NAME`. Only tests import them."""

@@ -45,8 +45,8 @@ def _captions():
     """The possible captions of an image: two tables {(class, style): rows of tokens}.
 
     The first has one sentence per caption. The second repeats it, so that the positions of longer
-    prompts are trained, too. Tokens are numbered by their place in `token_ids`, the sorted list of
-    all that occur: the CLIP only has embeddings for these.
+    prompts are trained, too. Tokens are numbered by their position in `token_ids`, the sorted list
+    of all that occur: the CLIP only has embeddings for these.
     Returns (tables, token_ids).
     """
     groups = dict(zip(STYLES, template_groups("shapes")))

@@ -3,7 +3,7 @@
     python -m tools.reproduce            # runs that docs/results.jsonl lacks; all take 2 to 3 hours
     python -m tools.reproduce --tables   # tables and pictures from docs/results.jsonl, in seconds
     python -m tools.reproduce --again    # repeat a tenth of the runs: do they agree?
-    python -m tools.reproduce --tasks eurosat dtd --data DATA    # base to new on real datasets
+    python -m tools.reproduce --tasks eurosat dtd --data DATA    # base-to-new on real datasets
 
 Runs go to out/, and those finished there are not repeated. Hyper-parameters were chosen on
 validation images of `shapes`; no method was run on the other three tasks before all were fixed.
@@ -58,7 +58,7 @@ PROMPT_METHODS = [method for method in LEARNED if method not in train.PROBES]
 SHOTS = 1, 2, 4, 8, 16
 SEEDS = 1, 2, 3  # of every task
 SHAPES_SEEDS = 1, 2, 3, 4, 5
-APART = {"image_side", "text_names", "gate_target"}  # settings with their own table
+APART = {"image_side", "text_names", "gate_target"}  # settings with a table of their own
 SHIFTED = "shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"
 
 N_TEST = {dataset: 120 * len(class_names(dataset)) for dataset in DATASETS}
@@ -121,8 +121,8 @@ def jobs():
 
 
 def evaluations(result):
-    """What to evaluate a run on: base runs on the new classes, others of `shapes` with 16 shots on
-    the shifted sets."""
+    """What to evaluate a run on: base runs on the new classes, those on all of `shapes` with 16
+    shots on the shifted sets."""
     if result["classes"] == "base":
         if result["method"] in train.PROBES:  # probes know no other classes
             return []
@@ -139,8 +139,8 @@ def has_swaps(result):
 
 
 def run_job(words, again=False):
-    """Does a run and its evaluations, unless they exist. Returns its line of results.jsonl.
-    again: do it from the start, in another folder."""
+    """Makes a run and its evaluations, unless they exist. Returns its line of results.jsonl.
+    again: make it from scratch, in another folder."""
     torch.set_num_threads(1)
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
@@ -186,7 +186,7 @@ def pick(dictionary, *keys):
 
 
 def run_all(todo, again=False):
-    """Does all runs. Returns their lines, in order."""
+    """Makes all runs. Returns their lines, in order."""
     n_processes = 1 if torch.cuda.is_available() else n_threads()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_processes, mp_context=spawn) as pool:
@@ -204,7 +204,7 @@ def key_of_job(words):
 
 
 def run_missing(todo, known):
-    """Does the runs that are not known. Returns all lines, in order. known: the existing lines."""
+    """Makes the runs that are missing. Returns all lines, in order. known: the existing lines."""
     known = {key_of(line[0]): line for line in known}
     missing = [words for words in todo if key_of_job(words) not in known]
     known |= {key_of(line[0]): line for line in run_all(missing)}
@@ -227,14 +227,14 @@ def run_again(todo, known):
     print(f"{len(tenth)} of {len(todo)} runs, repeated: {equal} equal to the last digit,")
     print(f"  all within {most} test images")
     if most > 3:
-        raise BadInput("the runs are not those of docs/results.jsonl: make all of them anew")
+        raise BadInput("the runs differ from docs/results.jsonl: repeat all of them")
 
 
 # --------------------------------------------------------------------------------- real datasets
 
 
 def real_jobs(tasks, methods, schedule, data, clip):
-    """Base to new with 16 shots, three seeds: command lines for train.py."""
+    """Base-to-new with 16 shots, three seeds: command lines for train.py."""
     for task in tasks:
         for method in methods:
             own = SCHEDULES[task] if schedule == "lasp" and method in ("mocoop", "lasp") else ""
@@ -386,7 +386,7 @@ def target_table(r):
 
 
 def rates_table(r):
-    """Accuracy on validation images, by which a rate should be chosen, and on test images."""
+    """Accuracy on validation images, on which a rate should be chosen, and on test images."""
     found = defaultdict(list)
     for run, *_ in r.lines:
         changed = run["changed_flags"]
@@ -442,7 +442,7 @@ def why_table(r):
 
 
 def why_shifted_table(r):
-    """The same for training on all classes of `shapes`, on its test images and the shifted sets."""
+    """The same after training on all of `shapes`, on its test images and the shifted sets."""
     found = parts_exchanged(r.lines, [("shapes", images) for images in ("all", *SHIFTED)])
     rows = [[way, *(f"{mean:.1f}" for mean in means)] for way, means in found.items()]
     return [["routing, text features", "shapes", *SHIFTED], *rows]
@@ -504,12 +504,12 @@ def run_command_line():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tables", action="store_true", help="only tables and pictures, no runs")
-    add("--again", action="store_true", help="a tenth of the runs once more")
+    add("--again", action="store_true", help="repeat a tenth of the runs")
     add("--tasks", nargs="+", choices=SCHEDULES, help="real datasets instead of the built-in world")
-    add("--methods", nargs="+", choices=LEARNED, default=LEARNED, help="of the real datasets")
-    add("--schedule", choices=("lasp",), help="LASP's epochs per dataset for mocoop and lasp")
+    add("--methods", nargs="+", choices=LEARNED, default=LEARNED, help="for the real datasets")
+    add("--schedule", choices=("lasp",), help="LASP's schedule per dataset, for mocoop and lasp")
     add("--data", default="data", help="the folder that holds all datasets")
-    add("--clip", default="ViT-B/16", help="the CLIP of the real datasets")
+    add("--clip", default="ViT-B/16", help="the CLIP for the real datasets")
     args = parser.parse_args()
     if args.tasks:
         todo = real_jobs(args.tasks, args.methods, args.schedule, args.data, args.clip)

@@ -2,9 +2,9 @@
 
     python -m tools.why RUN      # a finished run of mocoop or coop
 
-Replaces parts of a trained mixture: its prompts by hand-written prototypes, its router by equal
-weights or by the gate's own target. Writes `why.json` into the run's folder. `tools.reproduce` does
-so for its runs and makes tables of the results.
+Replaces parts of a trained mixture: its prompts with hand-written prototypes, its router with
+equal weights or the gate's own target. Writes `why.json` into the run's folder. `tools.reproduce`
+does so for its runs and makes tables of the results.
 """
 
 from pathlib import Path
