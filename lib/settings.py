@@ -64,7 +64,7 @@ def settings_parser(table, description):
             if isinstance(default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif isinstance(allowed, (int, float)):
-                options["type"] = at_least(type(default or allowed), allowed)
+                options["type"] = at_least(type(allowed if default is None else default), allowed)
             elif allowed:
                 options["choices"] = allowed() if callable(allowed) else allowed
             add(dashed(name), help=text, **options)

@@ -11,7 +11,7 @@ import train
 from lib.catalogue import DATASETS
 from lib.errors import BadInput
 from lib.runs import run_label
-from lib.settings import dashed, defaults_of
+from lib.settings import dashed, defaults_of, settings_parser
 
 # ------------------------------------------------------------------------------------- methods
 
@@ -80,6 +80,14 @@ def test_help_shows_the_defaults_of_the_method_that_is_named(words, capsys):
     )
     assert "training images per class (default: 16)" in said and "None" not in said
     assert all(dashed(name) in said for name in defaults_of(*train.SETTINGS.values()))
+
+
+def test_numbers_have_the_kind_of_their_default():
+    table = {
+        "losses": {"a": (0.0, 0, ""), "b": (None, 1, ""), "c": (2, 0, ""), "d": (1.5, 1e-9, "")}
+    }
+    parsed = settings_parser(table, None).parse_args("--a 0.5 --b 3 --c 1 --d 2".split())
+    assert [type(value) for value in vars(parsed).values()] == [float, int, int, float]
 
 
 # -------------------------------------------------------------------------------- from Python
