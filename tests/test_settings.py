@@ -83,10 +83,9 @@ def test_help_shows_the_defaults_of_the_method_that_is_named(words, capsys):
 
 
 def test_numbers_have_the_kind_of_their_default():
-    table = {
-        "losses": {"a": (0.0, 0, ""), "b": (None, 1, ""), "c": (2, 0, ""), "d": (1.5, 1e-9, "")}
-    }
-    parsed = settings_parser(table, None).parse_args("--a 0.5 --b 3 --c 1 --d 2".split())
+    rows = {"a": (0.0, 0, ""), "b": (None, 1, ""), "c": (2, 0, ""), "d": (1.5, 1e-9, "")}
+    words = ["--a=0.5", "--b=3", "--c=1", "--d=2"]
+    parsed = settings_parser({"losses": rows}, None).parse_args(words)
     assert [type(value) for value in vars(parsed).values()] == [float, int, int, float]
 
 
