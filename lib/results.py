@@ -198,13 +198,11 @@ def accuracies(runs):
 
 
 def mean_h(columns):
-    """H of the mean base and the mean new accuracy of base runs, over the seeds that have both, and
-    the standard deviation of H over these seeds. None without such seeds."""
+    """H of the mean base and the mean new accuracy of base runs, over the seeds that have both. None
+    without such seeds."""
     seeds = columns["accuracy"].keys() & columns.get("new", {}).keys()
-    if not seeds:
-        return None
-    pairs = [(columns["accuracy"][s], columns["new"][s]) for s in seeds]
-    return harmonic_mean(*np.mean(pairs, axis=0)), np.std([harmonic_mean(*p) for p in pairs])
+    pairs = [(columns["accuracy"][seed], columns["new"][seed]) for seed in seeds]
+    return harmonic_mean(*np.mean(pairs, axis=0)) if pairs else None
 
 
 def cell(values, sign=""):
@@ -227,7 +225,7 @@ def runs_table(runs):
         h = mean_h(values) if row.classes == "base" else None
         seeds = len(values["accuracy"]) if row.shots else "–"
         line = [row.dataset, row.classes, row.clip, row.label, row.shots or "–", seeds]
-        line += [cell(values["accuracy"]), cell(values["new"]), f"{h[0]:.1f}" if h else "–"]
+        line += [cell(values["accuracy"]), cell(values["new"]), f"{h:.1f}" if h else "–"]
         lines.append(line + [cell(values[target]) for target in targets])
     used = [i for i in range(len(lines[0])) if any(line[i] != "–" for line in lines[1:])]
     return markdown([[line[i] for i in used] for line in lines])

@@ -351,9 +351,3 @@ def test_cached_and_live_images_are_the_same_to_a_training_loop():
         found = list(images.batches(batches, views, epoch=3))
         assert [len(batch) for batch in found] == [2, 2]
         assert close(torch.cat(found), expected[[4, 1, 0, 5]])
-
-
-def test_cached_images_answer_with_the_view_that_was_drawn():
-    images = features.CachedImages(torch.arange(12.0).view(3, 4, 1))
-    (found,) = images.batches([torch.tensor([2, 0])], torch.tensor([1, 0, 3]), epoch=0)
-    assert images.n_views == 4 and found.tolist() == [[2 * 4 + 3], [1]]

@@ -89,11 +89,6 @@ def test_h_is_of_the_mean_base_and_the_mean_new_accuracy_of_seeds_with_both():
     assert row_of([*runs, run(seed=3, accuracy=10.0, classes="base")])["H"] == "70.3"
 
 
-def test_h_has_the_deviation_of_the_seeds_own():
-    columns = {"accuracy": {1: 90.0, 2: 60.0}, "new": {2: 60.0, 1: 45.0}}
-    assert results.mean_h(columns) == pytest.approx((2 * 75 * 52.5 / 127.5, 0.0))
-
-
 def test_clip_as_it_is_has_its_own_numbers_in_every_column():
     runs = []
     for seed in (1, 2):
@@ -111,14 +106,6 @@ def test_an_ensemble_of_other_templates_has_a_row_of_its_own():
     runs += [(result | {"ensemble_accuracy": 33.0}, [])]
     found = {row["method"]: row["accuracy"] for row in rows(runs)}
     assert (found["ensemble"], found["ensemble-groupsmine.txt"]) == ("60.0", "33.0")
-
-
-def test_clip_as_it_is_has_one_row():
-    found = rows([run("zeroshot", accuracy=51.0)])
-    assert [(row["method"], row["accuracy"]) for row in found] == [
-        ("ensemble", "60.0"),
-        ("zero-shot", "51.0"),
-    ]
 
 
 def test_every_other_task_has_a_column():

@@ -48,17 +48,6 @@ def test_the_same_seed_gives_the_same_numbers_bit_for_bit(
     assert other["prompt_usage"] != result["prompt_usage"]
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine_that_is_cut_off():
-    rates = [train.learning_rate(0.032, e, 50, 5) for e in range(50)]
-    assert rates[:5] == [1e-5] * 5
-    assert rates[5] == 0.032
-    assert math.isclose(rates[30], 0.032 * 0.5)  # half of the cosine's 50 epochs after the start
-    expected = 0.032 * 0.5 * (1 + math.cos(math.pi * 44 / 50))
-    assert math.isclose(rates[49], expected) and expected > 1e-3
-    assert train.learning_rate(1.0, 0, 10, 5) == 1e-5  # warm-up: min(5, round(10 / 8)) = 1
-    assert train.learning_rate(1.0, 1, 10, 5) == 1.0
-
-
 def test_result_json_has_the_documented_keys(finished_run):
     expected = """dataset classes shots seed method label changed_flags clip n_prompts top_k
         n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy

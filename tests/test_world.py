@@ -12,8 +12,6 @@ from lib.catalogue import template_groups
 from lib.clip_model import load_clip
 from prompts import template_features
 
-SHIFTED = ["shapes_v2", "shapes_sketch", "shapes_a", "shapes_r"]
-
 
 def test_tasks_are_different_in_kind():
     assert len(set(world.CLASSES)) == 160
@@ -38,14 +36,6 @@ def test_every_style_has_a_template_group():
     assert len(groups) == len(world.STYLES)
     for style, group in zip(world.STYLES, groups):
         assert any(style in template for template in group)
-
-
-@pytest.mark.parametrize("dataset", SHIFTED)
-def test_shifted_test_sets_have_the_same_classes_and_nothing_to_train_on(dataset):
-    split = load_split(dataset, "anywhere")
-    assert split.class_names == world.SHAPES_CLASSES
-    assert split.train == split.val == []
-    assert len(split.test) == 20 * 120
 
 
 def test_an_image_is_drawn_from_its_name_alone_and_no_image_twice():
