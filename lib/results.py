@@ -198,8 +198,8 @@ def accuracies(runs):
 
 
 def mean_h(columns):
-    """H of the mean base and the mean new accuracy of base runs, over the seeds that have both. None
-    without such seeds."""
+    """H of the mean base and the mean new accuracy of base runs, over the seeds that have both, if
+    there are any."""
     seeds = columns["accuracy"].keys() & columns.get("new", {}).keys()
     pairs = [(columns["accuracy"][seed], columns["new"][seed]) for seed in seeds]
     return harmonic_mean(*np.mean(pairs, axis=0)) if pairs else None
