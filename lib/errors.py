@@ -3,11 +3,31 @@
 import difflib
 import os
 import re
+import signal
 import sys
+
+from lib import start
 
 
 class BadInput(ValueError):
     """The user's input cannot be used. The message is one line: the problem, and what to do."""
+
+
+CONTROLS = {c: repr(chr(c))[1:-1] for c in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
+def shown(text):
+    """A text on one line, in which control characters are visible: names of files may hold some."""
+    return str(text).translate(CONTROLS)
+
+
+def say(text):
+    """Prints a line that may hold names."""
+    print(shown(text), flush=True)
+
+
+def warn(text):
+    print(shown(text), file=sys.stderr)
 
 
 def exit_on_bad_input(main, *kinds):
@@ -22,25 +42,24 @@ def exit_on_bad_input(main, *kinds):
         if hasattr(getattr(sys, name), "reconfigure"):  # a terminal may not show all names
             getattr(sys, name).reconfigure(errors="backslashreplace")
     os.environ.pop("MPLBACKEND", None)  # from a notebook: matplotlib fails if it is missing
+    start.importing = False
     try:
         main()
     except BrokenPipeError:  # the reader of the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (BadInput, OSError, *kinds) as error:
-        print(error, file=sys.stderr)
+        for line in error.args if isinstance(error, BadInput) else [error]:
+            warn(line)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(
-            "out of memory: try a smaller --chunk or --batch-size, or another --device",
-            file=sys.stderr,
-        )
+        warn("out of memory: try a smaller --chunk or --batch-size, or another --device")
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        warn("stopped")
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
 
 
 def out_of_memory(error):

@@ -41,12 +41,6 @@ def choose_device(name):
     return device
 
 
-def n_threads():
-    """How many threads this process may use: its share of this machine's cores."""
-    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, every // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def mixed_dtype(device):
     """The dtype of the frozen encoders' products in training: bf16 on a GPU that supports it, else
     fp32."""

@@ -50,13 +50,6 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         parallel.choose_device("cuda:0")
 
 
-def test_no_more_threads_than_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    for processes, threads in ((1, 12), (4, 3), (100, 1)):  # of torchrun on this machine
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert parallel.n_threads() == threads
-
-
 def test_products_are_bf16_on_a_gpu_that_has_it(monkeypatch):
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=bf16, **_: has)
