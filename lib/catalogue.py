@@ -3,11 +3,11 @@
 One row per dataset. A row of your own needs `folder`, `images` and `split`; the rest is optional.
 """
 
-import os
 import re
 from dataclasses import dataclass
 
 from lib import world
+from lib.download import hub_url
 from lib.errors import BadInput
 from lib.files import read_text
 
@@ -251,9 +251,8 @@ def template_groups(dataset):
 
 
 def archive_url(row):
-    """The address of a row's archive. The environment variable HF_ENDPOINT changes the host."""
-    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return f"{host.rstrip('/')}/{HUB}/resolve/{REVISION}/{row.archive}"
+    """The address of a row's archive."""
+    return hub_url(f"{HUB}/resolve/{REVISION}/{row.archive}")
 
 
 def all_templates(groups):

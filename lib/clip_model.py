@@ -7,18 +7,19 @@ weights to fp16 on the way. Here the weights stay unchanged.
 import hashlib
 import warnings
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 
-from lib.download import alone, download, file_sha256
-from lib.errors import BadInput, finite, nearest
+from lib.download import alone, download, file_sha256, hub_url, one_line
+from lib.errors import BadInput, finite, nearest, out_of_memory, say
 from lib.files import read_torch_file, writable_folder
 
 TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels, for every CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_CACHE = Path("~/.cache/clip").expanduser()  # where `clip` itself keeps its downloads
+BUCKET = "https://clip-as-service.s3.us-east-2.amazonaws.com/models/torch"
 VOCABULARY = 49408
 READABLE = (
     "expected a file of OpenAI's, or a state dict with OpenAI's names, saved by torch.save in"
@@ -29,7 +30,7 @@ READABLE = (
 def load_clip(name, device):
     """A CLIP by OpenAI's name (`ViT-B/16`, `RN50`, ...), `bundled`, or from a file; frozen, fp32.
 
-    A file may be a TorchScript archive as OpenAI ships it, a state dict, plain or as a part of a
+    A file may be one of OpenAI's TorchScript archives, a state dict, plain or as a part of a
     checkpoint (see `_state_dict`), or a state dict with embeddings for only some tokens. In the
     last case `token_ids` lists these tokens; the rows of all others become NaN, so that an unknown
     word is noticed instead of mistaken for a known one.
@@ -43,14 +44,15 @@ def load_clip(name, device):
 
     names = ["bundled", *clip.available_models()]
     path = TINY_CLIP if name == "bundled" else Path(name)
-    if name in clip.available_models():
+    trusted = name in clip.available_models()
+    if trusted:
         path = _fetch(name)
     if not path.is_file():
         hint = nearest(str(name), names)
         raise BadInput(
             f"no CLIP file {path}, and no CLIP of that name{hint}; names are {', '.join(names)}"
         )
-    content = _read_weights(path)
+    content = _read_weights(path, trusted)
     try:
         state = _state_dict(content)
         if "token_ids" in state:
@@ -60,12 +62,16 @@ def load_clip(name, device):
             state["token_embedding.weight"] = table
         if len(state["token_embedding.weight"]) != VOCABULARY:
             raise ValueError("it has a vocabulary of its own")
+        if "visual.proj" in state and len(state["visual.proj"]) > 1024:  # OpenAI has none
+            raise ValueError("its vision transformer is wider than 1,024: its heads are unknown")
         clip_model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
-        weights = {k: v.float() for k, v in state.items() if k in clip_model.state_dict()}
+        weights = {k: v.detach().float() for k, v in state.items() if k in clip_model.state_dict()}
         clip_model.load_state_dict(weights)  # ... put the exact values back
-    except (KeyError, AttributeError, RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path} is not a CLIP checkpoint ({reason}): {READABLE}") from error
+    except Exception as error:  # another model's weights may raise anything
+        if out_of_memory(error):
+            raise
+        message = f"{path} is not a CLIP checkpoint ({one_line(error)}): {READABLE}"
+        raise BadInput(message) from error
     finite(clip_model.logit_scale.exp(), f"{path}: the scale of the logits")
     digest = hashlib.sha256()
     for key in sorted(weights):
@@ -74,21 +80,27 @@ def load_clip(name, device):
     return clip_model.requires_grad_(False).to(device), digest.hexdigest()
 
 
-def _read_weights(path):
-    """The content of a TorchScript archive or of a file from `torch.save`, as a dictionary."""
+def _read_weights(path, trusted):
+    """The content of one of OpenAI's archives or of a file of `torch.save`, a dictionary. trusted:
+    whether the file is known to be OpenAI's. Raises BadInput for any other TorchScript archive."""
+    import clip
+
     try:
         with ZipFile(path) as archive:
             script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except BadZipFile:
+    except Exception:  # damaged bytes may raise anything
         script = False
     if not script:
-        return read_torch_file(path, f"CLIP checkpoint ({READABLE})")
+        return read_torch_file(path, f"CLIP checkpoint ({READABLE})", {})
+    # To open a TorchScript archive is to run the code in it.
+    if not trusted and file_sha256(path) not in map(_sha256, clip.clip._MODELS.values()):
+        raise BadInput(
+            f"{path} is a TorchScript archive, which may run any code, and not one of OpenAI's: if"
+            " you trust it, torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE) and use that"
+        )
     with warnings.catch_warnings():  # TorchScript is deprecated, but it is what OpenAI ships
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        except RuntimeError as error:
-            raise BadInput(f"{path} is a damaged TorchScript archive") from error
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
 
 
 def _state_dict(content):
@@ -105,12 +117,19 @@ def _state_dict(content):
     return {k.removeprefix(prefix): v for k, v in content.items() if str(k).startswith(prefix)}
 
 
+def _sha256(url):
+    """The SHA-256 in one of OpenAI's addresses: .../<sha256>/<file>."""
+    return url.split("/")[-2]
+
+
 def _fetch(name):
     """The path of OpenAI's archive, downloaded if it is absent or damaged."""
     import clip
 
-    url = clip.clip._MODELS[name]  # .../<sha256>/<file>
-    path, sha256 = CLIP_CACHE / Path(url).name, url.split("/")[-2]
+    url = clip.clip._MODELS[name]
+    path, sha256 = CLIP_CACHE / Path(url).name, _sha256(url)
+    # OpenAI's addresses are reported to be gone. The SHA-256 makes any copy as good as theirs.
+    copies = hub_url(f"jinaai/clip-models/resolve/main/{path.name}"), f"{BUCKET}/{path.name}"
 
     def is_complete():
         return path.is_file() and file_sha256(path) == sha256
@@ -123,7 +142,7 @@ def _fetch(name):
     ):
         if not is_complete():  # no other process has just downloaded it
             if path.is_file():
-                print(f"{path} is damaged (its SHA-256 is wrong): downloading it again")
+                say(f"{path} is damaged (its SHA-256 is wrong): downloading it again")
             way_out = f"put that file at {path} or name another with --clip FILE"
-            download(url, path, way_out, sha256)
+            download((url, *copies), path, way_out, sha256)
     return path

@@ -4,22 +4,21 @@ A file or folder with its final name is complete: it is written under another na
 """
 
 import contextlib
+import errno
 import hashlib
 import os
-import queue
 import shutil
 import ssl
 import threading
 import time
 import zipfile
-import zlib
 from http.client import HTTPException
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from lib.errors import BadInput
+from lib.errors import BadInput, say
 from lib.files import writable_folder
 
 try:
@@ -27,87 +26,143 @@ try:
 except ImportError:  # Windows has no locks that are released when a process ends
     fcntl = None
 
-STALL = 20  # seconds without a new byte after which a download is given up
+STALL = 20  # a download is given up after so many seconds without a new byte
+SLOWEST = 1000  # bytes per second; each of so many bytes buys a second of patience, up to STALL
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: only on a terminal
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError)
+# Of the errors of the operating system, those that come from what is in an archive (impossible
+# offsets or names; None: bad bytes in bz2). The others are the disk's.
+ARCHIVE = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-def download(url, path, way_out, sha256=None, copies=1):
-    """Downloads a file to `path`, continuing from what an earlier attempt left in `path`.part.
+def hub_url(path):
+    """An address on the Hugging Face hub. The environment variable HF_ENDPOINT changes the host."""
+    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{path}"
 
-    way_out: what to do if this fails. copies: how many times the file must fit on the disk, 2 for
-    an archive that will be unpacked. Raises BadInput.
+
+def download(urls, path, way_out, sha256=None, copies=1):
+    """Downloads a file to `path` from the first address that delivers it, continuing from what an
+    earlier attempt, or another address, left in `path`.part.
+
+    sha256: what the file must have, if known. way_out: what to do if all addresses fail. copies:
+    how many times the file must fit on the disk, 2 for an archive that will be unpacked. Raises
+    BadInput.
     """
     part = path.with_name(f"{path.name}.part")
-    have, size = part.stat().st_size if part.exists() else 0, None
-    most, grown = 0, time.monotonic()  # most bytes so far, and the time they last increased
-    print(f"downloading {url}")
-    with tqdm(desc=path.name, **BAR) as bar:
-        while size is None or have < size:
+    failures = []
+    for url in urls:
+        reason = None
+        while reason is None:
+            say(f"downloading {url}")
+            resumed = part.exists()
             try:
-                with _open(url, have, STALL - (time.monotonic() - grown)) as reply:
+                _receive(url, part, copies)
+                if not sha256 or file_sha256(part) == sha256:
+                    part.replace(path)
+                    return
+                part.unlink()
+                # If its beginning was from elsewhere, this address may still have the right file.
+                reason = None if resumed else "it arrived with a wrong SHA-256 and was removed"
+            except (OSError, HTTPException) as error:
+                reason = one_line(error)
+        failures.append(f"{url} ({reason})")
+    raise BadInput(f"cannot download {', '.join(failures)}: {way_out}")
+
+
+def _receive(url, part, copies):
+    """Appends to the file `part` what it lacks of the file at `url`. Reconnects while that brings
+    new bytes. Raises OSError or HTTPException."""
+    # The last byte is asked for again: of a complete file, no range would be left.
+    have = max(part.stat().st_size - 1, 0) if part.exists() else 0
+    size = have + 1  # at least; the server will tell
+    most, deadline = 0, time.monotonic() + STALL  # most bytes so far
+    with tqdm(desc=part.stem, **BAR) as bar:
+        while have < size:
+            try:
+                with _open(url, have, deadline - time.monotonic()) as reply:
                     have = have if reply.status == 206 else 0  # 200: the server ignores ranges
-                    size = have + int(reply.headers["Content-Length"] or 0)
-                    needed, free = copies * size - have, shutil.disk_usage(path.parent).free
-                    if needed > free:
-                        raise BadInput(
-                            f"no room for {path}: {free / 1e9:.2f} GB are free, make it"
-                            f" {needed / 1e9:.2f} GB"
-                        )
+                    if reply.length is None:  # absent, negative or not a number
+                        raise URLError("it does not announce a length")
+                    size = have + reply.length
+                    span = reply.headers["Content-Range"]
+                    if reply.status == 206 and span != f"bytes {have}-{size - 1}/{size}":
+                        raise HTTPError(url, 416, f"another range: {span}", reply.headers, None)
+                    _check_room(part, copies * size - have)
                     bar.total, bar.n = size, have
+                    patience = deadline  # is also extended by bytes that arrive again
                     with open(part, "ab") as file:
                         file.truncate(have)
                         while chunk := reply.read1(2**20):
                             file.write(chunk)
                             bar.update(len(chunk))
                             have += len(chunk)
+                            now = time.monotonic()
+                            patience = min(patience + len(chunk) / SLOWEST, now + STALL)
                             if have > most:
-                                most, grown = have, time.monotonic()
+                                most, deadline = have, patience
+                            if now > patience:
+                                break
                 if have < size:
-                    raise ConnectionError("the connection was closed")
+                    raise ConnectionError("the connection was closed or too slow")
             except NETWORK as error:
-                if have and getattr(error, "code", None) == 416:  # there are no more bytes
-                    if error.headers["Content-Range"] == f"bytes */{have}":
-                        break
-                    have = 0  # the part is longer than the file
+                if have and getattr(error, "code", None) == 416:  # the part is of another file
+                    have = 0
                     continue
                 # Before the first byte, an unknown host or a refusal is not retried.
                 refused = isinstance(error, URLError) and not most
-                if refused or time.monotonic() - grown >= STALL:
-                    reason = str(error).strip("<>")
-                    raise BadInput(f"cannot download {url} ({reason}): {way_out}") from error
+                if refused or time.monotonic() >= deadline:
+                    raise
                 time.sleep(STALL / 20)
-            except OSError as error:
-                raise BadInput(f"cannot write {part}: {error.strerror}") from error
-    if sha256 and file_sha256(part) != sha256:
-        part.unlink()
-        raise BadInput(f"{url} arrived damaged (wrong SHA-256) and was removed: {way_out}")
-    part.replace(path)
+
+
+def _check_room(path, needed):
+    """Raises OSError if the disk that holds `path` has fewer free bytes than needed."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        message = f"no room: {free / 1e9:.2f} GB are free, make it {needed / 1e9:.2f} GB"
+        raise OSError(errno.ENOSPC, message)
+
+
+class _WebOnly(HTTPRedirectHandler):
+    """Opens http and https only, also if a server redirects to files or to ftp."""
+
+    def default_open(self, request):
+        if request.type not in ("http", "https"):
+            raise URLError(f"not on the web: {request.full_url}")
+
+    def redirect_request(self, request, reply, *where):
+        reply.close()  # urllib would read its body into memory, which may never end
+        return super().redirect_request(request, reply, *where)
 
 
 def _open(url, start, seconds):
     """Requests a file from byte `start` on and returns the reply, within `seconds`. (The timeout of
-    `urlopen` is not enough: it applies to each of a host's addresses, of which the hub has a dozen,
+    urllib is not enough: it applies to each of a host's addresses, of which the hub has a dozen,
     and not to the name lookup.)"""
     headers = {"Range": f"bytes={start}-"} if start else {}
     seconds = max(seconds, STALL / 20)
-    replies = queue.Queue()
+    outcome = []
 
     def ask():
         try:
-            replies.put(urlopen(Request(url, headers=headers), timeout=seconds))
+            request = Request(url, headers=headers)
+            outcome.append(build_opener(_WebOnly).open(request, timeout=seconds))
         except Exception as error:  # of any kind: it is raised where the reply is awaited
-            replies.put(error if isinstance(error, NETWORK) else URLError(error))
+            outcome.append(error if isinstance(error, NETWORK) else URLError(error))
 
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        reply = replies.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError("no answer") from None
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError("no answer")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def one_line(error):
+    """What an exception says, on one line, not longer than what a reader would read."""
+    return " ".join((str(error) or repr(error)).strip("<>").split())[:200]
 
 
 def file_sha256(path):
@@ -128,7 +183,7 @@ def fetch_dataset(url, folder, contents, sha256=None):
     """
     if _holds_images(folder):
         return
-    print(f"no images in {folder}: fetching them, or waiting for the process that does")
+    say(f"no images in {folder}: fetching them, or waiting for the process that does")
     root, archive = folder.parent, folder.with_name(url.rpartition("/")[2])
     work = root / f"{folder.name}.fetching"  # holds unfinished files
     fetched, files, aside = work / archive.name, work / "files", work / "aside"
@@ -142,19 +197,19 @@ def fetch_dataset(url, folder, contents, sha256=None):
                 archive = fetched
             if not archive.is_file():
                 way_out = f"try again, put {archive.name} into {root} or name another --data"
-                download(url, archive, way_out, sha256, copies=2)
-            print(f"unpacking {archive}")
+                download([url], archive, way_out, sha256, copies=2)
+            say(f"unpacking {archive}")
             try:
-                _unpack(archive, files)
-            except DAMAGED as error:
-                fetched.unlink(missing_ok=True)
-                way_out = "removed, try again" if archive == fetched else "remove it"
-                raise BadInput(f"{archive} is damaged ({error}): {way_out}") from error
-            # Archives differ in the name of the dataset's folder, and in the folders around it.
-            places = [files / folder.name, files, *files.glob("*"), *files.glob("*/*")]
-            best = max(places, key=lambda place: sum((place / name).exists() for name in contents))
-            if not (best / contents[0]).is_dir():
-                raise BadInput(f"{archive} has no folder {contents[0]}: unpack it as {folder}")
+                best = _unpack(archive, files, folder.name, contents)
+            except Exception as error:  # damaged bytes may raise anything
+                if isinstance(error, OSError) and error.errno not in ARCHIVE:
+                    raise
+                way_out = f"remove it, or unpack it as {folder}"
+                if archive == fetched:
+                    archive.unlink()
+                    way_out = "removed, try again"
+                message = f"{archive} cannot be used ({one_line(error)}): {way_out}"
+                raise BadInput(message) from error
             # The user's lists win. `aside` holds them if a process was killed between the renames.
             for file in (*aside.glob("*"), *folder.glob("*")):
                 shutil.copy2(file, best)
@@ -162,7 +217,7 @@ def fetch_dataset(url, folder, contents, sha256=None):
                 folder.rename(aside)
             best.rename(folder)
             shutil.rmtree(work)
-        except (OSError, RuntimeError) as error:  # RuntimeError: unknown compression
+        except OSError as error:
             raise BadInput(f"cannot unpack {archive} as {folder}: {error}") from error
         finally:
             shutil.rmtree(files, ignore_errors=True)
@@ -178,14 +233,22 @@ def _holds_images(folder):
     )
 
 
-def _unpack(archive, files):
-    """Unpacks a zip file, which also verifies its checksums. Raises one of DAMAGED."""
+def _unpack(archive, files, name, contents):
+    """Unpacks a zip file, which also verifies its checksums. Returns the dataset's folder in it.
+    Raises OSError for a disk without room, and anything for an archive that cannot be used."""
     with zipfile.ZipFile(archive) as content:
         size = sum(entry.file_size for entry in content.infolist())
+        _check_room(archive, size)
         with tqdm(desc="unpacking", total=size, **BAR) as bar:
             for entry in content.infolist():
                 content.extract(entry, files)
                 bar.update(entry.file_size)
+    # Archives differ in the name of the dataset's folder, and in the folders around it.
+    places = [files / name, files, *files.glob("*"), *files.glob("*/*")]
+    best = max(places, key=lambda place: sum((place / name).exists() for name in contents))
+    if not ((best / contents[0]).is_dir() and _holds_images(best)):
+        raise ValueError(f"no {contents[0] or 'images'} in it")
+    return best
 
 
 @contextlib.contextmanager

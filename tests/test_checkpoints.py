@@ -22,6 +22,7 @@ def renamed(state, prefix):
         lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"state": {0: {"step": 1}}}},
         lambda s: {"model": renamed(s, "module.clip_model."), "args": None},
         lambda s: renamed(s, "model.") | {"head.weight": torch.ones(2)},
+        lambda s: {name: torch.nn.Parameter(weight) for name, weight in s.items()},
     ],
 )
 def test_a_clip_is_found_in_a_checkpoint(wrap, state, random_clip_file, tmp_path):
@@ -42,6 +43,7 @@ def without(state, part):
         (lambda s: renamed(s, "model.") | renamed(s, "ema."), "has 2 parameters"),
         (lambda s: without(s, "visual."), "visual"),
         (lambda s: s | {"visual.lora_a": torch.ones(2)}, "visual.lora_a"),
+        (lambda s: s | {"visual.conv1.weight": torch.ones(0, 3, 0, 0)}, "negative power"),
         (lambda s: s | {"token_embedding.weight": torch.ones(250002, 64)}, "vocabulary"),
         (lambda s: torch.nn.Linear(2, 2), "CLIP checkpoint"),  # Python objects, not weights
     ],

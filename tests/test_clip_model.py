@@ -1,13 +1,18 @@
 """Loading a CLIP: every kind of file, and what is not one."""
 
 import copy
+import os
 import warnings
+from pathlib import Path
 
+import clip
 import pytest
 import torch
 from clip.model import CLIP
 
+from lib import clip_model
 from lib.clip_model import load_clip
+from lib.download import file_sha256
 from lib.errors import BadInput
 
 
@@ -25,18 +30,65 @@ def test_a_state_dict_in_fp32_keeps_every_bit(random_clip, random_clip_file):
     check_weights(model, random_clip.state_dict())
 
 
-def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, tmp_path):
+def known(file, monkeypatch):
+    """From now on, a TorchScript archive counts as OpenAI's ViT-B/16."""
+    monkeypatch.setattr(clip_model, "CLIP_CACHE", file.parent)
+    url = f"https://openai.example/{file_sha256(file)}/{file.name}"
+    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/16", url)
+
+
+def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inputs = torch.zeros(1, 3, 32, 32), torch.ones(1, 77, dtype=torch.long)
         archive = torch.jit.trace(copy.deepcopy(random_clip), inputs, check_trace=False)
         torch.jit.save(archive.half(), tmp_path / "archive.pt")
-    model, fingerprint = load_clip(tmp_path / "archive.pt", "cpu")
+    known(tmp_path / "archive.pt", monkeypatch)
+    model, fingerprint = load_clip("ViT-B/16", "cpu")
     rounded = {name: weight.half() for name, weight in random_clip.state_dict().items()}
     check_weights(model, rounded)
     # The same weights in another kind of file are the same CLIP.
     torch.save(rounded, tmp_path / "rounded.pt")
-    assert load_clip(tmp_path / "rounded.pt", "cpu")[1] == fingerprint
+    for file in ("archive.pt", "rounded.pt"):
+        assert load_clip(tmp_path / file, "cpu")[1] == fingerprint
+
+
+class WritesAFile(torch.nn.Module):
+    """A module whose TorchScript archive writes a file when it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("content", torch.ones(1))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.content, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.content, self.training = state
+        torch.save(self.content, "written")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("openais", [False, True])
+def test_code_in_an_archive_runs_only_if_openai_wrote_it(openais, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.save(torch.jit.script(WritesAFile()), "archive.pt")
+    reason = r"is a TorchScript archive.*torch.save\(torch.jit.load"
+    if openais:
+        known(tmp_path / "archive.pt", monkeypatch)
+        reason = "is not a CLIP checkpoint"
+    with pytest.raises(BadInput, match=reason):
+        load_clip("archive.pt", "cpu")
+    assert Path("written").exists() == openais
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_opened(make, tmp_path):
+    make(tmp_path / "clip.pt")
+    with pytest.raises(BadInput, match="no CLIP file .*clip.pt"):
+        load_clip(tmp_path / "clip.pt", "cpu")
 
 
 def test_a_resnet_clip_loads_and_encodes(tmp_path):
@@ -61,6 +113,7 @@ def test_files_that_are_no_clip_are_refused_in_one_line(random_clip_file, tmp_pa
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     directory = whole.rindex(b"PK\x01\x02")  # the last entry of the archive's directory
     (tmp_path / "directory.pt").write_bytes(whole[:directory] + b"XXXX" + whole[directory + 4 :])
+    (tmp_path / "newer.pt").write_bytes(whole[: directory + 6] + b"c" + whole[directory + 7 :])
     torch.save([1, 2], tmp_path / "list.pt")
     incomplete = torch.load(random_clip_file, weights_only=True)
     del incomplete["visual.ln_pre.weight"]
