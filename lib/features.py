@@ -8,6 +8,7 @@ Pillow and torch release the GIL while they work.
 Each dataset has a folder in the cache, with one folder per CLIP and way of encoding. These contain
 *shards*: files of keys and rows. A shard is written under a temporary name, then renamed, and
 never changes afterwards, so several runs can share the cache. At worst, two encode the same image.
+Files are never deleted: they may be another program's.
 
 An image's key identifies its content: its path below the dataset's folder, its size and a digest of
 its first bytes. So a dataset and its cache can be copied to another disk. Two of your own folders
@@ -18,8 +19,10 @@ time is part of the key. A folder that was moved, or copied with its times, is s
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -32,17 +35,17 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from lib import parallel, world
+from lib import parallel, start, world
 from lib.clip_model import MEAN, STD
-from lib.errors import BadInput, out_of_memory
+from lib.errors import BadInput, say
 from lib.fast_clip import encode_images
 from lib.files import replacing
-from lib.photos import upright_rgb
+from lib.photos import open_photo
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
-SHARD = 4096  # rows; encoded features are saved at least this often
+SAVE_EVERY = 30  # seconds; checked after each batch, so features are saved once a minute at least
 DIGESTED = 2**16  # bytes hashed at the beginning of an image file
 
 # ------------------------------------------------------------------------------- preprocessing
@@ -116,28 +119,20 @@ def load_image(split, path, view, size):
 @functools.cache
 def _threads():
     """One pool for the whole run."""
-    return ThreadPoolExecutor(parallel.n_threads())
-
-
-def _one_ahead(load, batches):
-    """Yields a list of `load(*item)` for the items of each batch, while threads load the next."""
-    ahead = []
-    for batch in batches:
-        ahead.append([_threads().submit(load, *item) for item in batch])
-        if len(ahead) > 1:
-            yield [future.result() for future in ahead.pop(0)]
-    for futures in ahead:
-        yield [future.result() for future in futures]
+    return ThreadPoolExecutor(start.n_threads())
 
 
 def _images_ahead(split, batches, size):
-    """`_one_ahead` for batches of (path, view). Raises BadInput for unreadable images."""
+    """Yields a list of images, see `load_image`, for each batch of (path, view), while threads load
+    the next batch. Raises BadInput for unreadable images."""
     load = functools.partial(load_image, split, size=size)
     if split.folder is None:  # drawn in pure Python: threads would only delay it
-        yield from ([load(*item) for item in batch] for batch in batches)
+        yield from ([load(*image) for image in batch] for batch in batches)
         return
+    loading = ([_threads().submit(load, *image) for image in batch] for batch in [*batches, []])
     with all_unreadable(split):
-        yield from _one_ahead(load, batches)
+        for batch, _ in itertools.pairwise(loading):  # the next one has been submitted, too
+            yield [future.result() for future in batch]
 
 
 @contextlib.contextmanager
@@ -166,7 +161,7 @@ def _hashed(text):
     return hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
 
 
-def _content_names(split, paths):
+def _content_names(split, paths, with_times=True):
     """{path: a string of everything that its pixels, drawn or read from a file, depend on}.
 
     Raises BadInput for an unreadable file.
@@ -184,32 +179,52 @@ def _content_names(split, paths):
         except OSError as error:
             raise BadInput(f"cannot read the image {file}: {error.strerror}") from error
         content_name = f"{path}|{is_coop}|{stat.st_size}|{digest}"
-        return content_name if is_coop else f"{content_name}|{stat.st_mtime_ns}"
+        if is_coop or not with_times:
+            return content_name
+        return f"{content_name}|{stat.st_mtime_ns}|2"  # 2: raise it if `upright_rgb` changes
 
     with all_unreadable(split):
         return dict(zip(paths, _threads().map(name, paths)))
 
 
+def content_of(split):
+    """What the images are that a split learns from: [path, label, content], wherever they lie."""
+    items = [*split.train, *split.val]
+    names = _content_names(split, [item.path for item in items], with_times=False)
+    return [[*item, names[item.path]] for item in items]
+
+
+def _are_features(rows):
+    """(N, D + 1) -> (N,): which rows are a unit vector and its former norm, see `_encode_batch`."""
+    norm = rows[:, -1]
+    is_unit = (rows[:, :-1].norm(dim=1) - 1).abs() < 1e-3
+    return is_unit & (norm > 0) & (norm < torch.inf)  # False for NaN
+
+
 def _load_rows(folder, keys, width):
-    """The rows of those `keys` that are cached: {key: (width,) float32}."""
+    """The rows of those `keys` that are cached: {key: (width,) float32}.
+
+    A file that is no shard of this CLIP's features, damaged or another program's, is left alone.
+    """
     rows = {}
-    for shard in sorted(folder.glob("*.npz")) if os.access(folder, os.R_OK | os.X_OK) else []:
+    shards = folder.glob("*.npz") if os.access(folder, os.R_OK | os.X_OK) else []
+    for shard in sorted(filter(os.path.isfile, shards)):  # opening a named pipe would block
         try:
-            with np.load(shard) as file:  # the zip format has checksums
-                shard_keys = [key.tobytes() for key in file["keys"]]
-                if not keys.isdisjoint(shard_keys):
-                    found = file["rows"]
-                    if found.shape != (len(shard_keys), width) or not np.isfinite(found).all():
-                        raise ValueError("not features of this CLIP")
-                    rows.update((k, r) for k, r in zip(shard_keys, found) if k in keys)
-        except OSError as error:
-            print(f"a cache file is left out: {error}")
-        except Exception as error:  # damaged bytes may raise anything; it is only a cache
-            if out_of_memory(error):
-                raise
-            print(f"the cache file {shard} is damaged: encoding its images again")
-            with contextlib.suppress(OSError):
-                shard.unlink()
+            with np.load(shard, allow_pickle=False) as file:  # the zip format has checksums
+                shard_keys = file["keys"].view("V16").ravel().tolist()  # 16 bytes each
+                if keys.isdisjoint(shard_keys):
+                    continue
+                found = file["rows"]
+            if (
+                found.dtype != np.float32
+                or found.shape != (len(shard_keys), width)
+                or not _are_features(torch.from_numpy(found)).all()
+            ):
+                # One bad row is enough: nothing vouches for the others then.
+                raise ValueError("not features of this CLIP")
+            rows.update((k, r) for k, r in zip(shard_keys, found) if k in keys)
+        except Exception as error:  # damaged bytes may raise anything, a lack of memory included
+            say(f"the cache file {shard} is left out: {error!r}")
     return rows
 
 
@@ -221,7 +236,7 @@ def _save_rows(folder, rows):
         with replacing(shard) as scratch, open(scratch, "wb") as file:
             np.savez(file, keys=keys, rows=np.stack(list(rows.values())))
     except (BadInput, OSError) as error:
-        print(f"features are not cached: {error}")
+        say(f"features are not cached: {error}")
 
 
 # ------------------------------------------------------------------------------------ features
@@ -249,75 +264,97 @@ def image_features(
     folder = CACHE / split.name / _hashed("|".join(map(str, how))).hex()
     views = range(n_views) if n_views else [None]
     names = _content_names(split, list(dict.fromkeys(item.path for item in items)))
-    keys = [_hashed(f"{names[item.path]}|{view}") for item in items for view in views]
-    wanted = dict(zip(keys, [(item.path, view) for item in items for view in views]))
+    images = [(item.path, view) for item in items for view in views]
+    keys = [_hashed(f"{names[path]}|{view}") for path, view in images]
+    wanted = dict(zip(keys, images))
 
     # The first process reads and writes the cache; all of them encode.
-    rank, n_processes, rows = parallel.rank(), parallel.world(), {}
-    if cached and rank == 0:
-        rows = _load_rows(folder, wanted.keys(), width + 1)
+    uses_cache = cached and parallel.rank() == 0
+    rows = _load_rows(folder, wanted.keys(), width + 1) if uses_cache else {}
     rows = parallel.gather(rows)[0]
-    todo = [key for key in wanted if key not in rows]
-    print(
+    todo = {key: image for key, image in wanted.items() if key not in rows}
+    say(
         f"{what}: {len(items):,}"
         + (f" x {len(views)} views" if len(views) > 1 else "")
         + f", {len(wanted) - len(todo):,} features from the cache, {len(todo):,} to encode"
     )
-    with tqdm(total=len(todo), unit=" images", leave=False, disable=rank > 0 or None) as bar:
-        for start in range(0, len(todo), SHARD):
-            own = todo[start : start + SHARD][rank::n_processes]
-            encoded = _encode(clip_model, split, [wanted[key] for key in own], bar)
-            shard = {}
-            for part in parallel.gather(dict(zip(own, encoded))):
-                shard |= part
-            rows |= shard
-            if cached and rank == 0:
-                _save_rows(folder, shard)
+    for shard in _encode(clip_model, split, todo):
+        rows |= shard
+        if uses_cache:
+            _save_rows(folder, shard)
     stored = torch.from_numpy(np.stack([rows[key] for key in keys])).to(device)
     features, norms = stored.split([width, 1], dim=1)
     features = features * norms if raw else features.contiguous()
     return features if n_views is None else features.view(len(items), n_views, width)
 
 
-@torch.no_grad()
-def _encode(clip_model, split, wanted, bar):
-    """Features of images, one array (D + 1,) each: the unit vector, and the norm before scaling.
+def _encode(clip_model, split, todo):
+    """Encodes images. Yields shards of their features, {key: a row of `_encode_batch`}.
 
-    wanted: (path, view) of each. Every batch is padded with zeros to the same size: with equal
-    shapes, an image's result does not depend on the others in its batch, so what was cached
-    before a run changes its features by rounding at most.
+    todo: {key: (path, view)}. Under torchrun, every process encodes a batch of its own in each step
+    and gets the rows of all. So the first one, which saves them, decides alone when a shard ends.
     """
-    device = clip_model.logit_scale.device
-    size, n = clip_model.visual.input_resolution, BATCH[device.type]
+    rank, n_processes = parallel.rank(), parallel.world()
+    keys, step = list(todo), BATCH[clip_model.logit_scale.device.type] * n_processes
+    batches = [keys[i : i + step][rank::n_processes] for i in range(0, len(keys), step)]
+    images = [[todo[key] for key in batch] for batch in batches]
+    loaded = _images_ahead(split, images, clip_model.visual.input_resolution)
+    shard, started = {}, time.monotonic()
+    with tqdm(total=len(todo), unit=" images", leave=False, disable=rank > 0 or None) as bar:
+        for batch, pixels in zip(batches, loaded):
+            rows = _encode_batch(clip_model, pixels)
+            good = _are_features(rows)
+            if not good.all():
+                path, _ = todo[batch[good.int().argmin()]]
+                raise BadInput(
+                    f"CLIP's features of {(split.folder or split.name)}/{path} are not finite"
+                    " numbers: are these weights damaged?"
+                )
+            for part in parallel.gather(dict(zip(batch, rows.cpu().numpy()))):
+                shard |= part
+                bar.update(len(part))
+            if time.monotonic() - started > SAVE_EVERY:
+                yield shard
+                shard, started = {}, time.monotonic()
+    if shard:
+        yield shard
+
+
+@torch.no_grad()
+def _encode_batch(clip_model, images):
+    """A list of B images, uint8 (3, size, size) -> (B, D + 1): features as unit vectors, and their
+    norms before scaling.
+
+    Every batch is padded with black images to the same size: with equal shapes, an image's result
+    does not depend on the others in its batch, so what was cached before a run changes its features
+    by rounding at most.
+    """
+    device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    batches = [wanted[i : i + n] for i in range(0, len(wanted), n)]
-    rows = []
-    for batch, loaded in zip(batches, _images_ahead(split, batches, size)):
-        images = as_clip_reads(loaded, device)
-        padded = images.new_zeros(n, *images.shape[1:])
-        padded[: len(images)] = images
-        features = encode_images(clip_model, padded, dtype)[: len(images)]
-        norm = features.norm(dim=-1, keepdim=True)
-        good = (norm > 0) & (norm < torch.inf)  # False for NaN
-        if not good.all():
-            path, _ = batch[good.int().argmin()]
-            raise BadInput(
-                f"CLIP's features of {(split.folder or split.name)}/{path} are not finite numbers:"
-                " are these weights damaged?"
-            )
-        rows.extend(torch.cat([F.normalize(features, dim=-1), norm], dim=1).cpu().numpy())
-        bar.update(len(images) * parallel.world())  # the others have done as many
-    return rows
+    black = torch.zeros(3, size, size, dtype=torch.uint8)
+    padding = [black] * (BATCH[device.type] - len(images))
+    pixels = as_clip_reads(images + padding, device)
+    features = encode_images(clip_model, pixels, dtype)[: len(images)]
+    norms = features.norm(dim=-1, keepdim=True)
+    return torch.cat([F.normalize(features, dim=-1), norms], dim=1)
 
 
 @torch.no_grad()
 def photo_features(clip_model, images, raw=False):
-    """Features (N, D) of PIL images that belong to no dataset, encoded one by one. raw: do not
-    normalise."""
+    """Features (N, D) of images that belong to no dataset, encoded one by one. images: one or
+    several, see `open_photo`; features are returned as they are. raw: do not normalise. Raises
+    BadInput for features of another kind."""
+    if torch.is_tensor(images):
+        rows = images.dtype == torch.float32 and images.dim() == 2
+        if rows and (raw or ((images.norm(dim=1) - 1).abs() < 1e-3).all()):
+            return images
+        raise BadInput("features should be as photo_features returns them: float32 (N, D)")
+    if isinstance(images, (str, np.ndarray)) or not hasattr(images, "__iter__"):
+        images = [images]
     device, size = clip_model.logit_scale.device, clip_model.visual.input_resolution
     features = []
     for image in images:
-        pixels = as_clip_reads([preprocess(upright_rgb(image), size)], device)
+        pixels = as_clip_reads([preprocess(open_photo(image), size)], device)
         features.append(encode_images(clip_model, pixels, torch.float32))
     if not features:
         raise BadInput("there is no image to look at")
@@ -378,7 +415,6 @@ class LiveImages:
 
 # ---------------------------------------------------------------- learning in the image encoder
 
-SIDES = "frozen", "layer-norms", "prompts"
 N_PROMPTS = 4
 
 

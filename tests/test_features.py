@@ -6,6 +6,7 @@ same images encoded again in the same batches, are equal to the bit.
 """
 
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -257,34 +258,105 @@ def hold(change):
     return damage
 
 
-NAN = hold(lambda rows: np.where(np.arange(65) == 3, np.nan, rows))
+def one_number(column, value):
+    """Changes one number in one row, 64 of a unit vector and its norm before scaling."""
+
+    def change(rows):
+        rows[3, column] = value
+        return rows
+
+    return hold(change)
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, NAN, hold(lambda rows: rows[:, :-1])])
-def test_a_damaged_cache_file_is_recomputed_never_trusted(split, encode, damage):
+TERABYTES = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4398046511104,)}"
+NO_SHARD = {
+    "a flipped bit": flip_a_bit,
+    "NaN": one_number(3, np.nan),
+    "norm 0": one_number(64, 0),
+    "infinite norm": one_number(64, np.inf),
+    "longer vectors": hold(lambda rows: 1.002 * rows),
+    "int8": hold(lambda rows: rows.astype(np.int8)),
+    "float64": hold(lambda rows: rows.astype(np.float64)),
+    "objects": hold(lambda rows: rows.astype(object)),
+    "another width": hold(lambda rows: rows[:, 1:]),
+    "a row too few": hold(lambda rows: rows[1:]),
+    "terabytes": lambda shard: shard.write_bytes(b"\x93NUMPY\1\0\x76\0" + TERABYTES.ljust(118)),
+    "another program's": lambda shard: np.savez(shard, weight=np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", NO_SHARD)
+def test_what_is_no_shard_is_neither_trusted_nor_deleted(split, encode, what):
     before, _ = encode(split, split.test)
     (shard,) = features.CACHE.rglob("*.npz")
-    damage(shard)
-    after, said = encode(split, split.test)
-    assert "is damaged" in said and "30 to encode" in said
-    assert torch.equal(after, before)
+    good = shard.read_bytes()
+    NO_SHARD[what](shard)
+    bad, other = shard.read_bytes(), shard.rename(shard.with_name("another name.npz"))
+    for _ in range(2):
+        after, said = encode(split, split.test)
+        assert f"{other} is left out" in said and "30 to encode" in said
+        assert torch.equal(after, before)
+        assert other.read_bytes() == bad and shard.read_bytes() == good
+        shard.write_bytes(bad)  # under the name that the next run writes
 
 
-def test_what_was_encoded_before_a_crash_is_kept(split, encode, monkeypatch):
-    monkeypatch.setattr(features, "SHARD", 8)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_opened(split, encode, make):
+    encode(split, split.test)
+    (shard,) = features.CACHE.rglob("*.npz")
+    make(other := shard.with_name("another name.npz"))
+    assert encode(split, split.test)[1].startswith("images: 30, 30 features from the cache")
+    assert other.exists()
+
+
+def test_what_was_encoded_a_minute_before_a_crash_is_kept(split, encode, monkeypatch):
+    """Batches take 20 seconds. In the fourth, 16 features have been saved, and 8 are 20 s old."""
     monkeypatch.setitem(features.BATCH, "cpu", 8)
-    calls = []
+    whole, _ = encode(split, split.test, fingerprint="another")
+    calls, encode_images = [], features.encode_images
 
-    def encode_and_crash(clip_model, batch, dtype):
-        calls.append(len(batch))
-        if len(calls) == 3:
+    def encode_and_crash(*batch):
+        calls.append(batch)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return clip_model.visual(batch)
+        return encode_images(*batch)
 
+    monkeypatch.setattr(features, "time", SimpleNamespace(monotonic=lambda: 20 * len(calls)))
     monkeypatch.setattr(features, "encode_images", encode_and_crash)
     with pytest.raises(KeyboardInterrupt):
         encode(split, split.test)
-    assert "16 features from the cache, 14 to encode" in encode(split, split.test)[1]
+    found, said = encode(split, split.test)
+    assert "16 features from the cache, 14 to encode" in said
+    assert torch.equal(found, whole)  # the same batches
+
+
+def test_the_first_of_two_processes_decides_when_to_save(split, random_clip, encode, monkeypatch):
+    """Threads instead. A minute passes in every step of the first one, and never in the other. In
+    the third step there is one image, for the first."""
+    monkeypatch.setitem(features.BATCH, "cpu", 4)
+    alone, _ = encode(split, split.test[:17], fingerprint="another")
+    process, things = threading.local(), [None, None]
+    barrier, minutes = threading.Barrier(2, timeout=20), itertools.count()
+
+    def gather(thing):
+        things[process.rank] = thing
+        barrier.wait()
+        found = list(things)
+        barrier.wait()
+        return found
+
+    def run(rank):
+        process.rank = rank
+        return image_features(random_clip, "x", split, split.test[:17])
+
+    both = SimpleNamespace(world=lambda: 2, rank=lambda: process.rank, gather=gather)
+    monkeypatch.setattr(features, "parallel", both)
+    clock = SimpleNamespace(monotonic=lambda: 0 if process.rank else 60 * next(minutes))
+    monkeypatch.setattr(features, "time", clock)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(run, (0, 1)):
+            assert close(found, alone)
+    assert len(list(features.CACHE.rglob("*.npz"))) == 1 + 3
 
 
 def test_a_cache_that_cannot_be_written_costs_no_run(split, encode, monkeypatch):
