@@ -7,7 +7,6 @@ import csv
 import glob
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 
 from lib import pictures
 from lib.clip_model import MEAN, STD
-from lib.errors import BadInput
+from lib.errors import BadInput, say, warn
 from lib.files import replacing
-from lib.photos import files_below, is_image, open_photo
+from lib.photos import files_below, is_image
 
 
 def best_answers(probabilities, class_names):
@@ -45,15 +44,14 @@ def find_photos(paths):
             if not os.path.isdir(named):
                 files.append(Path(named))
                 continue
-            below = [Path(named, file) for file in files_below(named)]
-            files += filter(is_image, below)
-            left_out += [file for file in below if not is_image(file)]
+            for file in files_below(named):
+                (files if is_image(file) else left_out).append(Path(named, file))
         if not files:
             raise BadInput(f"{path} names no image")
         found += files
     if left_out:
         n, first = len(left_out), left_out[0]
-        print(f"left out {n} files that are not images, the first is {first}", file=sys.stderr)
+        warn(f"left out {n} files that are not images, the first is {first}")
     return list(dict.fromkeys(found))
 
 
@@ -100,16 +98,16 @@ def classify_files(run, files, names=None, csv_file=None):
     try:
         for photo in files:
             try:
-                image = open_photo(photo)
+                features = run.photo_features(photo)
             except BadInput as error:
-                print(error, file=sys.stderr)
+                warn(error)
                 continue
-            probabilities, weights = classify(run.photo_features([image]))
+            probabilities, weights = classify(features)
             answers = best_answers(probabilities[0], class_names)
             prompts = used_prompts(weights[0], run.model.templates)
             said = ", ".join(f"{name} {100 * x:.1f}%" for name, x in answers)
             which = f"  [{' | '.join(prompts)}]" if prompts else ""
-            print(f"{photo}: {said}{which}", flush=True)
+            say(f"{photo}: {said}{which}")
             rows.append((photo, "", answers, weights[0].tolist()))
     finally:  # also if it was interrupted
         if csv_file and rows:
@@ -180,4 +178,4 @@ def export(run, file):
             pixel_mean=MEAN,
             pixel_std=STD,
         )
-    print(f"saved: {file}")
+    say(f"saved: {file}")

@@ -8,38 +8,44 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lib.errors import BadInput, out_of_memory
+from lib.files import existing
 
+# The formats of pictures, by Pillow's names. Others are icons, containers, and documents such as
+# EPS, for which Pillow starts a program. It reads HEIF only with a plugin.
+FORMATS = "JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF"
+Image.init()  # registers all formats
+Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many, 2 GB; phones take 200 megapixels
 # Pillow warns about these images, but reads them correctly.
-warnings.filterwarnings("ignore", "Palette images with Transparency")
-Image.MAX_IMAGE_PIXELS = 2**29  # Pillow refuses twice as many, 4 GB; phones take 200 megapixels
-# All that Pillow can open, except videos and scientific containers, which it only recognises.
-IMAGE_SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "BUFR", "GRIB", "FITS")
-}
+warnings.filterwarnings("ignore", "Palette images with Transparency|Image size")
 NO_DATA = -9999, -32768  # values that often mark a missing pixel
 
 
-def open_photo(file, as_coop=False):
-    """An image file as an RGB PIL image. Raises BadInput if its pixels cannot be read.
+def open_photo(photo, as_coop=False):
+    """An image file as an RGB PIL image; or a PIL image or an array (H, W, 3) of uint8. Raises
+    BadInput if its pixels cannot be read, and TypeError for anything else.
 
     as_coop: convert it as CoOp does; otherwise `upright_rgb` converts it.
     """
+    if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.shape[2:] == (3,):
+        photo = Image.fromarray(photo)
+    if isinstance(photo, Image.Image):
+        return upright_rgb(photo)
+    if not isinstance(photo, (str, os.PathLike)):
+        raise TypeError(f"not a path, PIL image or array (H, W, 3) of uint8: {type(photo)}")
     try:
-        with Image.open(file) as image:
+        with Image.open(existing(photo), formats=list(filter(Image.OPEN.get, FORMATS))) as image:
             return image.convert("RGB") if as_coop else upright_rgb(image)
     except Exception as error:  # Pillow may raise anything on damaged bytes
         if out_of_memory(error):
             raise
-        raise BadInput(f"cannot read the image {file}: {error}") from error
+        raise BadInput(f"cannot read the image {photo}: {error}") from error
 
 
 def upright_rgb(image):
-    """A PIL image in RGB, rotated according to its EXIF data, if that is readable. Pixels of
-    more than 8 bits are scaled down instead of clipped: 16-bit grey by its full range, 12 bits
-    stored in 16 by theirs, other types by the range of the image's values. NaN, infinities and
-    missing pixels become black."""
+    """A PIL image in RGB, rotated according to its EXIF data, if that is readable. What is
+    transparent becomes white. Pixels of more than 8 bits are scaled down instead of clipped: 16-bit
+    grey by its full range, 12 bits stored in 16 by theirs, other types by the range of the image's
+    values. NaN, infinities and missing pixels become black."""
     image.load()  # errors in the pixels are raised, those in the EXIF data are not
     try:
         image = ImageOps.exif_transpose(image)
@@ -56,26 +62,36 @@ def upright_rgb(image):
             low, high = 0, 4095 if high < 4096 else 65535
         scaled = (np.where(known, pixels, low) - low) * (255 / max(high - low, 1e-9))
         image = Image.fromarray(scaled.astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ------------------------------------------------------------------------------ finding pictures
 
 
+# Folders of file servers and systems, often unreadable.
+SYSTEM = "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"
+
+
 def is_image(path):
-    """Whether a path has the suffix of an image."""
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    """Whether a path from `files_below` has the suffix of an image and no folder that starts with
+    an underscore."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    return kind in FORMATS and "/_" not in f"/{os.path.dirname(path)}"
 
 
 def files_below(folder, above=()):
     """Yields the paths of all files below a folder, relative to it and in sorted order, without
-    hidden ones. Links to folders are followed; circular ones count as files, like dead links."""
+    hidden ones. Links to folders are followed; circular ones count as files, like dead links and
+    the folders of a system."""
     above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name[0] == ".":
             continue
         is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
-        if is_folder and os.path.realpath(entry) not in above:
+        if is_folder and entry.name.lower() not in SYSTEM and os.path.realpath(entry) not in above:
             yield from (f"{entry.name}/{file}" for file in files_below(entry.path, above))
         else:
             yield entry.name

@@ -7,17 +7,19 @@ paths below the dataset's folder and labels counting from 0.
 import json
 import os
 import random
+import re
 from collections import defaultdict
 from pathlib import Path
 
 from lib.catalogue import DATASETS, archive_url
 from lib.download import fetch_dataset
-from lib.errors import BadInput
-from lib.files import read_lines
-from lib.photos import files_below, is_image
+from lib.errors import BadInput, say
+from lib.files import read_lines, read_text
+from lib.photos import SYSTEM, files_below, is_image
 
 PARTS = ("train", "val", "test")
-OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+PART = re.compile("(train|val|test)(ing|idation|id)?", re.IGNORECASE)  # a folder's name for one
+LAYOUTS = "<class>/<image>, or train/<class>/<image> and test/<class>/<image>"
 # Where to find what is not downloaded.
 DATASETS_MD = "CoOp's DATASETS.md (https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md)"
 CLASS_NAMES = "https://drive.google.com/file/d/1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # from there
@@ -34,9 +36,6 @@ def read_known(dataset, folder):
     """A row of the catalogue: downloaded if absent, then read from its lists or class folders."""
     row = DATASETS[dataset]
     if row.archive:
-        if not ((folder / row.images).is_dir() or row.split or _lists(row, folder).is_file()):
-            print(f"no {_lists(row, folder)}: if the archive has none, see {DATASETS_MD},")
-            print(f"  which links to {CLASS_NAMES}")
         fetch_dataset(archive_url(row), folder, (row.images, row.split), row.sha256)
     file = _lists(row, folder)
     for path in (folder / row.images, file):
@@ -53,6 +52,11 @@ def read_known(dataset, folder):
     else:
         names, lists = read_imagenet(folder, row.images, row.layout, file)
     paths = [path for part in PARTS for path, _ in lists[part]]
+    known = set()
+    for path in paths:
+        if path in known or re.match("/|(.*/)?[.][.]/", path):
+            raise BadInput(f"{file} lists {path} twice, or it lies outside of the dataset")
+        known.add(path)
     missing = [path for path in paths if not os.path.isfile(folder / path)]
     if missing:
         raise BadInput(
@@ -68,7 +72,7 @@ def are_the_fields(dataset, lists):
     row, counts = DATASETS[dataset], tuple(len(lists[part]) for part in PARTS)
     if not all(n in (None, found) for n, found in zip(row.counts, counts)):
         expected = tuple("any" if n is None else n for n in row.counts)
-        print(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
+        say(f"{dataset} lists {counts} images, the field's split {expected}: the numbers are")
         print("  NOT comparable with the field's")
         return False
     return row.layout in ("split", "aircraft")  # ImageNet's depends on the disk's file order
@@ -87,18 +91,20 @@ def read_split_file(file, images):
 
     images: the folder that contains the file's paths. Raises BadInput if it is not a split file.
     """
+    text, lists, names = read_text(file), {part: [] for part in PARTS}, {}
+    entry = "the file itself"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        lists = {
-            part: [
-                ((Path(images) / path).as_posix(), int(label)) for path, label, _ in content[part]
-            ]
-            for part in PARTS
-        }
-        names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        content = json.loads(text)
+        for entry in [(part, entry) for part in PARTS for entry in content[part]]:
+            part, (path, label, name) = entry
+            has_one_name = names.setdefault(label, name) == name
+            if not (has_one_name and name.strip() and type(label) is int):
+                raise ValueError
+            lists[part].append(((Path(images) / path).as_posix(), label))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
-            f"{file} is not a split file (train, val and test lists of [path, label, class name])"
+            f"{file} is not a split file (train, val and test lists of [path, label, class name],"
+            f" the labels whole numbers with one name each): the first error is in {entry}"
         ) from error
     if sorted(names) != list(range(len(names))):
         raise BadInput(f"{file}: the labels must run from 0 without gaps, found {sorted(names)}")
@@ -147,9 +153,13 @@ def read_imagenet(folder, images, layout, class_names_file):
     return class_names, lists
 
 
-def read_class_names(file):
-    """{folder: class name} from a file with lines of "folder name"."""
-    return dict(" ".join(line.split()).partition(" ")[::2] for line in read_lines(file))
+def read_class_names(file, folders=()):
+    """{folder: class name} from a file with lines of "folder name". folders: their names, if these
+    may have spaces: a line belongs to the longest that it begins with."""
+    longest_first = sorted(folders, key=len, reverse=True)
+    known = "|".join(map(re.escape, longest_first)) or r"\S+"
+    pairs = re.findall(rf"^\s*({known})(?!\S)[ \t]*(.*)", read_text(file), re.MULTILINE)
+    return {folder: " ".join(name.split()) for folder, name in pairs}
 
 
 def names_of(classes, names, file):
@@ -173,8 +183,14 @@ def read_own(folder):
             f"{folder} has a folder {[*parts.values()][0]}/, and needs both train/ and test/ then"
         )
     classes = sorted({c for part in parts.values() or [""] for c in class_folders(folder / part)})
+    rest = [PART.sub("", name) for name in classes]  # seg_ of seg_train and of seg_test
+    for name, other in zip(classes, rest):
+        if part_folders(folder / name) or (other and rest.count(other) > 1):
+            raise BadInput(f"{folder} holds {name}/, which is not a class: expected {LAYOUTS}")
     file = folder / "classnames.txt"
-    names = read_class_names(file) if file.is_file() else dict(zip(classes, classes))
+    names = dict(zip(classes, classes))
+    if os.path.lexists(file):
+        names = read_class_names(file, classes)
     names = [readable(name) for name in names_of(classes, names, file)]
 
     def images(below):
@@ -220,7 +236,7 @@ def _print_guesses(folder, lists, depth):
     }
     for what, paths in found.items():
         if paths:
-            print(f"{folder}: {len(paths):,} {what}, the first is {paths[0]}")
+            say(f"{folder}: {len(paths):,} {what}, the first is {paths[0]}")
 
 
 def check_classes(dataset, folder, class_names, lists, may_lack_train):
@@ -233,7 +249,7 @@ def check_classes(dataset, folder, class_names, lists, may_lack_train):
         if not name.strip() or name.encode(errors="ignore").decode() != name:
             raise BadInput(f"{folder}: {name!r} is not valid Unicode: rename the folder")
     if len(class_names) == 1:
-        raise BadInput(f"{folder} has one class only, {class_names[0]!r}")
+        raise BadInput(f"{folder} has one class only, {class_names[0]!r}: expected {LAYOUTS}")
     for part in ["test"] if may_lack_train and parts == ["test"] else ["train", "test"]:
         present = {label for _, label in lists[part]}
         for label, name in enumerate(class_names):
@@ -246,26 +262,35 @@ def check_classes(dataset, folder, class_names, lists, may_lack_train):
 
 def part_folders(folder):
     """{"train" | "val" | "test": the name of its folder} in your own folder. Empty if there are
-    none, or if all of them are classes: folders that hold images and no folders."""
-    found = {}
-    for name in class_folders(folder):
-        part = OTHER_NAMES.get(name.lower(), name.lower())
+    none, or if all of them are classes among others: folders that hold images and no folders.
+    Raises BadInput for parts of which some hold images and no class folders."""
+    names, found = class_folders(folder), {}
+    for name in filter(PART.fullmatch, names):
+        part = PART.match(name)[1].lower()
         if part in found:
             raise BadInput(f"{folder} has two folders for {part}: {found[part]}/ and {name}/")
-        if part in PARTS:
-            found[part] = name
+        found[part] = name
 
-    def is_class(name):
-        return not class_folders(folder / name) and any(map(is_image, files_below(folder / name)))
-
-    return {} if all(map(is_class, found.values())) else found
+    flat = [
+        name
+        for name in found.values()
+        if not class_folders(folder / name) and any(map(is_image, files_below(folder / name)))
+    ]
+    if flat and not len(flat) == len(found) < len(names):
+        raise BadInput(f"{folder / flat[0]} holds images and no class folders: expected {LAYOUTS}")
+    return {} if flat else found
 
 
 def class_folders(folder):
-    """The names of the folders in `folder`, sorted, without those that start with . or _"""
+    """The names of the folders in `folder`, sorted, without those of systems and those that start
+    with . or _"""
     if not folder.is_dir():
         return []
-    return sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] not in "._")
+    return sorted(
+        f.name
+        for f in os.scandir(folder)
+        if f.is_dir() and f.name[0] not in "._" and f.name.lower() not in SYSTEM
+    )
 
 
 def image_files(folder, below, classes):

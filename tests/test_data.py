@@ -12,6 +12,7 @@ from lib.errors import BadInput
         ("", "is not a split file"),
         ('{"train": []}', "is not a split file"),
         ('{"train": 1, "val": 2, "test": 3}', "is not a split file"),
+        (10**5 * "[", "is not a split file"),
         (
             '{"train": [["a.jpg", 0, "cat"]], "val": [], "test": [["b.jpg", 2, "fox"]]}',
             r"the labels must run from 0 without gaps, found \[0, 2\]",

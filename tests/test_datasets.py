@@ -121,11 +121,33 @@ def test_a_run_on_imagenet_is_tested_on_a_variant_which_nobody_can_train_on(
         run_train(flags, "imagenet_sketch", "--out", tmp_path / "no")
 
 
+@pytest.mark.parametrize(
+    "at, value",
+    [(1, 0.0), (1, True), (2, "another name"), (2, " "), (2, 5), (0, 5)]
+    + [(0, path) for path in ("../1.jpg", "/etc/hostname", "Class_1//test_0.jpg")],
+)
+def test_the_first_wrong_entry_of_a_split_file_is_named(at, value, tmp_path):
+    make_layout(tmp_path, "dtd")
+    file = tmp_path / LAYOUTS["dtd"][1]
+    split = json.loads(file.read_text())
+    split["val"][3][at] = value
+    file.write_text(json.dumps(split))
+    with pytest.raises(BadInput) as error:
+        load_split("dtd", tmp_path)
+    said = str(error.value).replace(str(split["val"][3]), str(value))
+    assert said.startswith(str(file)) and str(value).replace("//", "/") in said
+
+
 def test_an_aircraft_that_is_no_variant_is_refused(tmp_path):
     make_layout(tmp_path, "fgvc_aircraft")
-    (tmp_path / "fgvc_aircraft/images_variant_val.txt").write_text("0000001 Concorde\n")
-    with pytest.raises(BadInput, match="'0000001 Concorde' names no variant"):
-        load_split("fgvc_aircraft", tmp_path)
+    for line, said in (
+        ("0000001 Concorde", "'0000001 Concorde' names no variant"),
+        ("0000001 A300B4", "lists images/0000001.jpg twice, or it lies outside of the dataset"),
+        ("../../1 A300B4", "lists images/../../1.jpg twice, or it lies outside"),
+    ):
+        (tmp_path / "fgvc_aircraft/images_variant_val.txt").write_text(line)
+        with pytest.raises(BadInput, match=said):
+            load_split("fgvc_aircraft", tmp_path)
 
 
 def test_imagenets_val_folder_is_the_test_set_and_its_size_is_compared(tmp_path, capsys):

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lib import features, results
 from lib.answers import find_photos
 from lib.catalogue import read_groups
 from lib.errors import BadInput
-from lib.features import image_features
+from lib.features import _content_names, image_features
 from lib.runs import find_runs
 from prompts import PromptError
 
@@ -85,16 +87,47 @@ def test_the_parts_of_a_split_have_several_names(tmp_path, first, val):
         load_split(str(tmp_path), "")
 
 
-def test_train_and_test_that_hold_images_themselves_are_classes(tmp_path):
-    split = load_split(str(make(tmp_path, "bus", "test", "train")), "")
-    assert split.source == "seeded" and split.class_names == ["bus", "test", "train"]
+def test_train_and_test_that_hold_images_themselves_are_classes_among_others(tmp_path):
+    split = load_split(str(make(tmp_path, "bus", "invalid", "test", "toy_train", "train")), "")
+    assert split.source == "seeded"
+    assert split.class_names == ["bus", "invalid", "test", "toy train", "train"]
 
 
-def test_a_test_set_without_classes_is_not_taken_for_a_class(tmp_path, capsys):
-    make(make(tmp_path, "test", n=3) / "train", "cat", "dog")
-    with pytest.raises(BadInput, match="the class 'cat' has no image in test"):
+SORTED = "train/cat", "train/dog", "test/cat", "test/dog"
+
+
+@pytest.mark.parametrize(
+    "folders, said",
+    [
+        (["train", "test"], "/test holds images and no class folders"),
+        ([*SORTED[:2], "Testing"], "/Testing holds images and no class folders"),
+        ([*SORTED, "val"], "/val holds images and no class folders"),
+        (["cat/train", "cat/test", "dog/train"], "/cat/test holds images and no class folders"),
+        ([f"data/{folder}" for folder in SORTED], " holds data/, which is not a class"),
+        (["seg_train/seg_train/cat", "seg_test/seg_test/cat"], " holds seg_test/, which is not a"),
+        (["train2017", "val2017"], " holds train2017/, which is not a class"),
+        (["archive/cat", "archive/dog"], " has one class only, 'archive'"),
+    ],
+)
+def test_a_structure_is_understood_or_refused(folders, said, tmp_path):
+    make(tmp_path, *folders, n=3)
+    expected = ".*: expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
+    with pytest.raises(BadInput, match=str(tmp_path) + said + expected):
         load_split(str(tmp_path), "")
-    assert "3 files are not images in a class folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "system", ["@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX", "_old", ".thumbs"]
+)
+def test_folders_of_systems_hold_no_images(system, tmp_path, capsys):
+    """Names of images may begin with an underscore."""
+    make(tmp_path, "cat", "dog", n=3)
+    (tmp_path / "cat/0.jpg").rename(tmp_path / "cat/_DSC1.jpg")
+    make(tmp_path, system, f"cat/{system}/deep", n=1)
+    assert len(paths_of(load_split(str(tmp_path), ""))) == len(find_photos([str(tmp_path)])) == 6
+    said = capsys.readouterr()
+    assert ("2 files" in said.out) == ("2 files" in said.err) == (system != ".thumbs")
+    assert len(find_photos([str(tmp_path / system)])) == 1  # named by the user
 
 
 def test_whatever_is_not_an_image_of_a_class_is_counted_in_one_line(tmp_path, capsys):
@@ -129,7 +162,7 @@ def test_half_of_two_classes_is_refused():
 
 def test_what_an_album_leaves_out_is_said(tmp_path, monkeypatch, capsys):
     make(tmp_path, "album/deep", n=2)
-    (tmp_path / "album/film.mp4").write_text("no image")
+    (tmp_path / "album/drawing.eps").write_text("no image")
     (tmp_path / "album/deep/raw").write_text("no image")
     monkeypatch.chdir(tmp_path)
     images = [f"album/deep/{i}.jpg" for i in range(2)]
@@ -201,6 +234,13 @@ def test_a_file_gives_class_folders_their_names(tmp_path, capsys):
             load_split(str(folder), "")
 
 
+def test_a_line_names_the_longest_folder_that_it_begins_with(tmp_path):
+    folder = make(tmp_path / "photos", "red", "red fox", "c++", n=3)
+    file = folder / "classnames.txt"
+    file.write_bytes(b"red  one colour\r\nred fox\tVulpes vulpes\r\nc++ \t C plus\r\nredder no\r\n")
+    assert load_split(str(folder), "").class_names == ["C plus", "one colour", "Vulpes vulpes"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -241,18 +281,23 @@ def train_on(run_train, random_clip_file, no_pictures):
     return run
 
 
-def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(two, train_on, tmp_path):
+def test_two_folders_of_one_name_are_two_rows_and_two_columns_of_the_table(
+    two, train_on, tmp_path, capsys
+):
     for i, folder in enumerate(two):
         assert train_on(folder, tmp_path / f"out/{i}")["dataset"] == "images"
         train_on(make(tmp_path / f"other{i}", "cow", "hen"), tmp_path / f"out/other{i}")
         first = eval.evaluate(tmp_path / f"out/other{i}", str(folder))
+    capsys.readouterr()
     table = results.runs_table(find_runs(tmp_path / "out")).splitlines()
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-    others = [str(tmp_path / f"other{i}") for i in range(2)]
-    folders = list(map(str, two))
-    assert [row[0] for row in rows] == sorted(2 * [*folders, *others])  # zero-shot and ensemble
-    assert head[-2:] == folders
+    names = [(row[0], row[3]) for row in rows]
+    methods = "ensemble", "ensemble (2)", "zero-shot", "zero-shot (2)"
+    assert names[:4] == [("images", method) for method in methods]
+    assert head[-2:] == ["images", "images (2)"]
     assert [[cell != "–" for cell in row[-2:]] for row in rows[4:]] == 2 * [[1, 0]] + 2 * [[0, 1]]
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("kept apart: results of images") and "class_names" in line
 
     # A run keeps one evaluation of a name.
     run = tmp_path / "out/other1"
@@ -268,7 +313,7 @@ def test_a_clash_in_out_is_refused(two, random_clip_file, no_pictures, tmp_path,
     monkeypatch.chdir(tmp_path)
     words = f"--method zeroshot --shots 1 --clip {random_clip_file} --dataset".split()
     train.run(*train.configure([*words, "a/images"]))
-    with pytest.raises(BadInput, match=f"dataset {two[0]} instead of {two[1]}: .* another --out"):
+    with pytest.raises(BadInput, match="holds a run with other images, .* another --out"):
         train.run(*train.configure([*words, "b/images"]))
 
 
@@ -308,6 +353,15 @@ def test_a_relative_data_folder_is_the_one_where_training_stood(
     result = run_train(flags, own_eurosat.name)
     monkeypatch.chdir("/")
     assert eval.evaluate(tmp_path / "run")["accuracy"] == result["accuracy"]
+
+
+def test_the_fields_datasets_keep_their_keys_when_others_are_read_anew(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(b"pixels")
+    split = Split("pets", tmp_path, "coop", [], [], [], [])
+    name = r"0.jpg\|%s\|6\|[0-9a-f]{32}%s"
+    for source, pattern in (("coop", name % (True, "")), ("seeded", name % (False, r"\|\d+\|2"))):
+        found = _content_names(replace(split, source=source), ["0.jpg"])["0.jpg"]
+        assert re.fullmatch(pattern, found)
 
 
 def test_the_cache_tells_folders_of_one_name_apart_and_finds_one_that_has_moved(

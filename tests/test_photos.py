@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from PIL import Image
 
 import train
 from eval import load_run
-from lib import answers, pictures, world
+from lib import answers, features, pictures, world
 from lib.answers import find_photos, write_csv
-from lib.errors import BadInput
+from lib.catalogue import read_groups
+from lib.errors import BadInput, say
+from lib.files import read_torch_file
 from lib.photos import open_photo, upright_rgb
 
 
@@ -126,17 +129,6 @@ def test_no_table_replaces_an_input_or_lies_in_the_run(world_run, photos, tmp_pa
         assert (status, lines) == (2, []) and said in errors[0]
 
 
-def test_a_photo_that_a_program_has_opened_is_answered_upright(world_run, tmp_path):
-    upright = world.draw("red", "arrow", "large", 0, "shapes").crop((0, 0, 32, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees to see it upright
-    upright.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    _, probabilities, _ = load_run(world_run).classify(
-        [upright, Image.open(tmp_path / "turned.png")]
-    )
-    assert torch.allclose(probabilities[0], probabilities[1], rtol=0, atol=1e-6)
-
-
 def test_a_run_needs_neither_its_dataset_nor_its_cache(
     run_train, random_clip_file, tmp_path, cache
 ):
@@ -201,15 +193,84 @@ def test_images_of_more_than_8_bits_are_scaled_not_cut_off(tmp_path, mode, kind,
     assert np.abs(grey - np.linspace(0, brightest, 256)).max() <= 1
 
 
-def test_photos_of_any_mode_and_one_photo_twice_are_answered_from_python(world_run):
-    run = load_run(world_run)
-    photo = world.draw("red", "arrow", "large", 0, "shapes").resize((48, 40))
+def test_python_takes_images_of_any_kind_and_mode(world_run, tmp_path):
+    run, photo = load_run(world_run), world.draw("red", "arrow", "large", 0, "shapes")
+    photo.save(file := tmp_path / "photo.png")
     modes = ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"]
-    _, probabilities, _ = run.classify([photo, photo, *(photo.convert(m) for m in modes)])
-    assert torch.allclose(probabilities[0], probabilities[1:3], rtol=0, atol=1e-6)
-    assert probabilities.shape == (9, 20)
-    with pytest.raises(BadInput, match="there is no image"):
-        run.classify([])
+    several = [photo, file, str(file), np.asarray(photo), *(photo.convert(m) for m in modes)]
+    _, probabilities, _ = run.classify(iter(several))
+    assert torch.allclose(probabilities[0], probabilities[1:5], rtol=0, atol=1e-6)
+    assert probabilities.shape == (11, 20)
+    for one in several[:4]:
+        assert torch.equal(run.classify(one)[1], run.classify([one])[1])
+    pixels = np.asarray(photo)
+    for images in (5, b"photo", [photo, None], pixels / 255, pixels[..., 0], pixels[None]):
+        with pytest.raises(TypeError, match=r"not a path, PIL image or array \(H, W, 3\) of uint8"):
+            run.classify(images)
+    for images, said in (([], "there is no image"), ("nowhere", "cannot read the image nowhere")):
+        with pytest.raises(BadInput, match=said):
+            run.classify(images)
+
+
+def test_features_are_float_and_of_length_1_but_for_the_linear_probe(world_run):
+    run = load_run(world_run)
+    good = run.photo_features(world.draw("red", "arrow", "large", 0, "shapes"))
+    whole_numbers = torch.eye(good.shape[1], dtype=torch.long)
+    too_long = torch.cat([good, 1.01 * good])
+    for features_ in (too_long, whole_numbers, good.double(), good[0], good / 0):
+        with pytest.raises(BadInput, match="features should be as photo_features returns them"):
+            run.classify(features_)
+    probe = replace(run, config={**run.config, "method": "linear"})
+    assert len(probe.classify(too_long)[1]) == 2
+    for features_ in (whole_numbers, good / 0):
+        with pytest.raises(BadInput):
+            probe.classify(features_)
+
+
+# ------------------------------------------------------------------------------ what is opened
+
+
+@pytest.mark.parametrize("as_coop", [False, True])
+def test_only_pictures_of_half_a_gigapixel_at_most_are_opened(as_coop, tmp_path):
+    """For an EPS, Pillow would start Ghostscript."""
+    large = chunk(b"IHDR", struct.pack(">II5B", 2**15, 2**14 + 1, 8, 2, 0, 0, 0))
+    for content, said in (
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        (png().replace(png()[8:33], large), "exceeds limit of 536870912 pixels"),
+    ):
+        (tmp_path / "photo.jpg").write_bytes(content)
+        with pytest.raises(BadInput, match=f"cannot read the image {tmp_path}/photo.jpg: .*{said}"):
+            open_photo(tmp_path / "photo.jpg", as_coop)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+def test_pipes_and_devices_are_no_files(make, tmp_path):
+    """Reading from them may never end."""
+    make(tmp_path / "a.png")
+    for read in (open_photo, read_groups, lambda path: read_torch_file(path, "checkpoint", {})):
+        with pytest.raises((BadInput, OSError), match="a.png is not a file"):
+            read(tmp_path / "a.png")
+
+
+# --------------------------------------------------------------------------------- transparency
+
+
+@pytest.mark.parametrize(
+    "kind, mode",
+    [("PNG", mode) for mode in ("RGBA", "LA", "P", "RGB", "L")]
+    + [("TIFF", "RGBA"), ("WEBP", "RGBA"), ("GIF", "P")],
+)
+def test_what_is_transparent_is_white_except_in_the_fields_datasets(kind, mode, tmp_path):
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255, 255))
+    if "A" not in mode:
+        image = image.convert("RGB").convert(mode)
+        image.info["transparency"] = image.getpixel((0, 0))
+    file = tmp_path / "photo"
+    image.convert(mode).save(file, kind, lossless=True, exact=True)
+    own, coops = (np.asarray(open_photo(file, as_coop))[0].tolist() for as_coop in (False, True))
+    assert own == [[255, 255, 255], coops[1]]
+    assert np.array_equal([coops], Image.open(file).convert("RGB"))
 
 
 # ------------------------------------------------------------------------- metadata and pixels
@@ -255,7 +316,8 @@ def test_a_photo_is_turned_once_as_its_camera_says(kind, orientation, tmp_path):
     (tmp_path / "photo").write_bytes(encoded(kind, exif=exif, **LOSSLESS.get(kind, {})))
     image = open_photo(tmp_path / "photo")
     assert np.array_equal(image, UPRIGHT[orientation](PIXELS))
-    assert np.array_equal(upright_rgb(image), image)
+    assert np.array_equal(open_photo(Image.open(tmp_path / "photo")), image)
+    assert np.array_equal(open_photo(image), image)
 
 
 @pytest.mark.parametrize(
@@ -298,17 +360,17 @@ def test_an_album_is_read_photo_by_photo_and_its_class_names_once(
     world_run, photos, run_eval, monkeypatch
 ):
     opened, printed, read = [], [], []
-    open_one, text_features = answers.open_photo, train.MoCoOp.text_features
+    open_one, text_features = features.open_photo, train.MoCoOp.text_features
 
-    def print_and_count(*words, **options):
+    def say_and_count(text):
         printed.append(len(opened))
-        print(*words, **options)
+        say(text)
 
     monkeypatch.setattr(
         train.MoCoOp, "text_features", lambda *a: read.append(a) or text_features(*a)
     )
-    monkeypatch.setattr(answers, "open_photo", lambda f: opened.append(f) or open_one(f))
-    monkeypatch.setattr(answers, "print", print_and_count, raising=False)
+    monkeypatch.setattr(features, "open_photo", lambda f: opened.append(f) or open_one(f))
+    monkeypatch.setattr(answers, "say", say_and_count)
     status, lines, errors = run_eval(world_run, "--images", photos)
     assert (status, errors, len(lines), len(read)) == (0, [], 3, 1)
     assert printed == [1, 2, 3]
