@@ -27,7 +27,7 @@ import torch
 
 from lib import readers, world
 from lib.catalogue import DATASETS
-from lib.errors import BadInput, nearest
+from lib.errors import BadInput, nearest, say
 from lib.photos import open_photo
 from lib.readers import PARTS
 from prompts import check_apart
@@ -113,7 +113,7 @@ def few_shot(split, shots, seed):
     counts = Counter(item.label for item in train)
     short = [split.class_names[label] for label, n in counts.items() if n < shots]
     if short:
-        print(f"using all images of {len(short)} classes with fewer than {shots} ({short[0]} ...)")
+        say(f"using all images of {len(short)} classes with fewer than {shots} ({short[0]} ...)")
     return replace(split, train=train, val=val)
 
 

@@ -12,6 +12,8 @@ The first three write into the run's folder: `eval_<dataset>_<classes>.json`, th
 beside it, and `samples_<...>.png`, test images with the prompts used for them.
 """
 
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
+
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -24,21 +26,21 @@ from lib import answers, pictures, results
 from lib.baselines import ClassVectors
 from lib.catalogue import all_templates, row_of, template_groups
 from lib.clip_model import load_clip
-from lib.errors import BadInput, exit_on_bad_input
+from lib.errors import BadInput, exit_on_bad_input, say
 from lib.features import attach, image_features, photo_features
 from lib.files import read_lines, read_torch_file, save_json
 from lib.parallel import choose_device
-from lib.runs import find_runs, read_result
-from lib.settings import Parser, defaults_of
+from lib.runs import CHECKPOINT, find_runs, read_result
+from lib.settings import Parser, as_words, settings_parser
 from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
     CLASSES,
     PROBES,
     SETTINGS,
+    complete,
     learns_images,
     make_model,
-    preset,
     text_encoder_of,
     zero_shot_and_ensemble,
 )
@@ -58,16 +60,16 @@ class Run:
     fingerprint: str  # of the CLIP's weights
 
     def classify(self, images, class_names=None):
-        """Classifies PIL images: (class names, probabilities (N, C), prompt weights (N, G)).
+        """Classifies images: (class names, probabilities (N, C), prompt weights (N, G)).
 
-        images: a list or a generator, or their features from `photo_features`. class_names: your
-        own, see `read_names`; None for the classes it was trained on. Probabilities are the softmax
-        of the method's logits; the weights are in the order of `model.templates`.
-        Raises BadInput if the method cannot classify into these classes.
+        images: one or several PIL images, paths or arrays (H, W, 3) of uint8; or features (N, D)
+        from `photo_features`. class_names: your own, see `read_names`; None for the classes it was
+        trained on. Probabilities are the softmax of the logits; weights are in the order of
+        `model.templates`. Raises TypeError for anything else, and BadInput for images that cannot
+        be read, for other features, and if the method cannot classify into these classes.
         """
         names = self.class_names if class_names is None else read_names(class_names)
-        features = images if torch.is_tensor(images) else self.photo_features(images)
-        return names, *self.classifier(names)(features)
+        return names, *self.classifier(names)(self.photo_features(images))
 
     @torch.no_grad()
     def classifier(self, names):
@@ -92,7 +94,7 @@ class Run:
         return zero_shot_and_ensemble(self.clip_model, dataset, class_names, features, self.config)
 
     def photo_features(self, images):
-        """Features (N, D) of PIL images, as the method expects them."""
+        """Features (N, D) of images, see `classify`, as the method expects them."""
         return photo_features(self.clip_model, images, raw=self.takes_raw)
 
     @property
@@ -112,15 +114,14 @@ def load_run(folder, clip=None, device=None):
         if not (folder / name).is_file():
             raise BadInput(f"{folder} holds no finished run (no {name})")
     file = folder / "checkpoint.pt"
-    stored = read_torch_file(file, "checkpoint of a run")
-    try:
-        config, groups, names = (stored[key] for key in ("config", "groups", "class_names"))
-        fingerprint, state = stored["clip_fingerprint"], stored["model"]
-    except KeyError as error:
-        raise BadInput(f"{file} is not the checkpoint of a run") from error
+    stored = read_torch_file(file, "checkpoint of a run", CHECKPOINT)
+    names, groups, fingerprint = (stored[k] for k in ("class_names", "groups", "clip_fingerprint"))
     # Settings that were added after the run was made get their defaults.
-    defaults = preset(config["method"], config["dataset"], config["shots"])
-    config = defaults_of(*SETTINGS.values()) | defaults | config
+    words = as_words(stored["config"])
+    config, _ = complete(vars(settings_parser(SETTINGS, None).parse_args(words)))
+    for name, path in (("CLIP", clip or config["clip"]), ("dataset", config["dataset"])):
+        if os.path.isabs(path):
+            say(f"the {name} of {folder} is {path}")
     clip_model, found = load_clip(clip or config["clip"], choose_device(device))
     if found != fingerprint:
         raise BadInput(
@@ -129,12 +130,12 @@ def load_run(folder, clip=None, device=None):
         )
     try:
         if config["method"] in BASELINES:
-            model = ClassVectors(names, torch.empty_like(state["weight"]))
+            model = ClassVectors(names, torch.empty_like(stored["model"]["weight"]))
         else:
             model = make_model(clip_model, groups, stored.get("prompt_names", names), config)
             attach(clip_model, model.image_side)
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model.load_state_dict(stored["model"])
+    except (RuntimeError, KeyError) as error:
         raise BadInput(f"{file} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()
     return Run(config, groups, names, model, clip_model, fingerprint)
@@ -174,7 +175,7 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     measured, logits, weights = measure(run, split, classes, own, its_result["changed_flags"], clip)
     result = its_result | measured | {"val_accuracy": None}
     result["target"] = run.config["dataset"] if own else dataset  # a folder by its full path
-    print(
+    say(
         f"{split.name}, {classes} classes, {len(split.test):,} images: {run.config['method']}"
         f" {result['accuracy']:.2f} %, zero-shot {result['zero_shot_accuracy']:.2f} %,"
         f" ensemble {result['ensemble_accuracy']:.2f} %"
@@ -183,11 +184,10 @@ def evaluate(folder, dataset=None, classes=None, data=None, csv_file=None, clip=
     if csv_file:
         answers.write_test_csv(csv_file, split, logits, weights, templates)
     save_json(result, file)
-    print(f"saved in {folder}: {file.name}")
+    say(f"saved in {folder}: {file.name}")
     samples = file.with_name(f"samples_{split.name}_{classes}.png")
     answers.draw_samples(split, logits.argmax(dim=-1), weights, templates, samples)
-    if templates:
-        pictures.router_picture(result, file.with_suffix(".png"))
+    pictures.router_picture(result, file.with_suffix(".png"))
     return result
 
 

@@ -56,7 +56,7 @@ class TextEncoder:
         flat = [ids for prompt in sentences for ids in prompt]
         length = max(len(ids) for ids in flat)
         # Attention is causal, so what follows EOT has no effect. Its embedding must still not be
-        # NaN, so the padding is EOT, the one token that every CLIP has an embedding for.
+        # NaN, as unknown words are in the bundled CLIP: the padding is EOT, which every CLIP knows.
         padded = [[*ids, *[EOT] * (length - len(ids))] for ids in flat]
         ids = torch.tensor(padded, device=device)  # (N, L)
         self.vector_positions = torch.nonzero(ids >= VOCABULARY, as_tuple=True)
@@ -79,7 +79,8 @@ class TextEncoder:
         if vectors is not None:
             x[self.vector_positions] = vectors[self.vector_rows]
 
-        # From here on this is plain CLIP: positions, transformer, and the feature at EOT.
+        # From here on this is plain CLIP: positions, transformer, and the feature at EOT, the only
+        # token that has read the whole sentence.
         x = x + clip_model.positional_embedding[:length]
         x = x.transpose(0, 1)  # (L, N, W), as clip's attention expects it
         causal = torch.full((length, length), -torch.inf, device=x.device).triu(1)

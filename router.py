@@ -61,10 +61,11 @@ class UniformRouter(nn.Module):
         self.top_k = n_prompts
 
     def forward(self, image_features):
-        gate_logits = image_features.new_zeros(len(image_features), self.top_k)
+        gate_logits = image_features.new_zeros(len(image_features), self.top_k)  # there is no gate
         return gate_logits, gate_logits + 1 / self.top_k
 
 
+# A router has these constructor arguments, `guided`, `top_k` and `forward`, and nothing else.
 ROUTERS = {"trained": Router, "frozen": FrozenRouter, "uniform": UniformRouter}
 
 # ------------------------------------------------------------------------------- the mixture

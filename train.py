@@ -9,11 +9,14 @@
 
 Each run gets a folder, out/<dataset>/<method>_<shots>shot_<classes>_seed<seed>/, with
 `checkpoint.pt` (the trained model), `result.json` (the results) and `router.png` (which prompt is
-used for which images). The same settings give the same numbers, bit for bit on the same CPU.
+used for which images); during training, `resume.pt`. The same settings give the same numbers, bit
+for bit on the same CPU.
 
 From top to bottom: the settings, the model, its losses, the loop, a whole run.
 Dimensions: B images in a batch, N images, C classes, G prompts, T templates, D features.
 """
+
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
 
 import math
 import time
@@ -34,8 +37,8 @@ from lib.catalogue import DATASETS, all_templates, named_groups, row_of
 from lib.clip_model import load_clip
 from lib.errors import BadInput, exit_on_bad_input, finite
 from lib.fast_text import FastTextEncoder
-from lib.features import SIDES, attach, image_features, learnable_part, training_features
-from lib.files import full_path, writable_folder
+from lib.features import attach, content_of, image_features, learnable_part, training_features
+from lib.files import full_path
 from lib.pictures import router_picture
 from lib.settings import as_words, dashed, defaults_of, settings_parser
 from losses import TEXT_LOSSES, gate_loss, image_loss
@@ -66,8 +69,8 @@ SETTINGS = {  # {section: {name: (default, minimum or choices, help)}}
         "full_stop": (False, None, "end prompts with a frozen full stop"),
         "conditional": (False, None, "shift the context for each image, as CoCoOp does"),
         "text_bias": (False, None, "learn a bias on all text features, as LASP does"),
-        "image_side": ("frozen", SIDES, "what is trained in the image encoder; images are then "
-            "encoded in every step"),
+        "image_side": ("frozen", ("frozen", "layer-norms", "prompts"), "what is trained in the "
+            "image encoder; images are then encoded in every step"),
         "router": ("trained", ROUTERS, "how prompts get their weights"),
         "top_k": (2, 1, "number of prompts used per image"),
         "gate_weight": (1.0, 0, "weight of the gate loss"),
@@ -96,7 +99,6 @@ SETTINGS = {  # {section: {name: (default, minimum or choices, help)}}
     },
 }
 # fmt: on
-MACHINE = SETTINGS["machine"].keys()
 
 # A method is a row of changes to the defaults above. The numbers come from its paper.
 ONE_PROMPT = {
@@ -132,8 +134,8 @@ class Outputs(NamedTuple):
 
     gate_logits: torch.Tensor  # (B, G)
     weights: torch.Tensor  # (B, G)
-    text_features: torch.Tensor  # (G, C, D) for all classes that the prompts know
-    logits: torch.Tensor  # (B, C)
+    text_features: torch.Tensor  # (G, C, D) for all classes that the prompts know, or (B, G, C, D)
+    logits: torch.Tensor  # (B, C) for the classes with training images
 
 
 class MoCoOp(nn.Module):
@@ -159,9 +161,10 @@ class MoCoOp(nn.Module):
         width = clip_model.text_projection.shape[1]
         templates = [group[0] for group in groups]
         if len(groups) == 1 and "{}" in config["init"]:
-            templates = [config["init"]]  # a single prompt is named after its initial words
-        how = config["init"], config["full_stop"], text_encoder_of(config)
-        self.prompts = SoftPrompts(clip_model, templates, class_names, *how)
+            templates = [config["init"]]  # only its name: `init` sets the vectors
+        how = {name: config[name] for name in ("init", "full_stop")}
+        how["text_encoder"] = text_encoder_of(config)
+        self.prompts = SoftPrompts(clip_model, templates, class_names, **how)
         top_k = min(config["top_k"], len(groups))
         self.router = ROUTERS[config["router"]](width, len(groups), top_k)
         self.templates, self.top_k = templates, self.router.top_k
@@ -262,11 +265,11 @@ def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None
 
         image: logits against labels
         gate:  gate_logits against the K prototypes of the image's class closest to the image
-        text:  text_features against prototypes, for all class names, base and new
+        text:  text_features against prototypes, for all names that the prompts know
 
     image_features: (B, D). labels: (B,), indices into the seen classes. outputs: the model's.
     hard: `HardText`. seen: the slice of the classes with training images. The image and gate
-    losses use only these classes; the text loss runs over all of them.
+    losses use only these classes, the text loss all that the prompts know.
     """
     config = model.config
     losses = {"image": (1.0, image_loss(outputs.logits, labels))}
@@ -284,11 +287,8 @@ def compute_losses(model, image_features, labels, outputs, hard, seen=slice(None
 
 
 def learning_rate(lr, epoch, epochs, warm_up):
-    """The learning rate of an epoch, counted from 0: a constant warm-up, then a cosine.
-
-    As in the scheduler that the field uses, the cosine starts after the warm-up but spans all
-    epochs, so it is cut off before it reaches zero.
-    """
+    """The learning rate of an epoch, counted from 0: a constant warm-up, then a cosine. As in
+    CoOp's scheduler, the cosine spans all epochs, so it is cut off before it reaches zero."""
     warm_up = min(warm_up, round(epochs / 8))
     if epoch < warm_up:
         return 1e-5
@@ -299,13 +299,14 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     """Trains `model` in place. Returns the seconds it took, including those before a resume, and
     the share of each prompt in every epoch.
 
-    images: from `training_features`, or `lib.features.CachedImages` of features (N, D). labels
-    (N,), hard and seen: as in `compute_losses`. save: called after each epoch with the state
-    needed to continue. state: the last state passed to `save`, to continue from there.
-    Raises BadInput if training diverges.
+    images: `lib.features.CachedImages`, which has n_views random crops of every image and yields
+    the features (B, D) of each batch, or `LiveImages`. labels (N,), hard and seen: as in
+    `compute_losses`. save: called after each epoch with the state needed to continue: parameters,
+    optimiser, random states. state: the last one that was saved. Raises BadInput if training
+    diverges.
     """
     config, batch_size = model.config, model.config["batch_size"]
-    torch.manual_seed(config["seed"])  # your own router or prompts may draw random numbers
+    torch.manual_seed(config["seed"])  # your own router may draw numbers; `restore` resumes them
     order_rng = torch.Generator().manual_seed(config["seed"])
     optimiser = torch.optim.SGD(
         model.parameter_groups(),
@@ -316,7 +317,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     )
     learned = model, optimiser, order_rng
     done, seconds, usage = runs.restore(state, *learned)
-    n_batches = max(1, len(labels) // batch_size)  # the last, incomplete one is dropped
+    n_batches = max(1, len(labels) // batch_size)  # an incomplete one counts only if it is alone
     start = time.time() - seconds  # include the time before an interruption
     model.train()
     for epoch in range(done, config["epochs"]):
@@ -326,7 +327,7 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
         order = torch.randperm(len(labels), generator=order_rng)
         views = torch.randint(images.n_views, (len(labels),), generator=order_rng)
         batches = order.split(batch_size)[:n_batches]
-        batch_labels = labels[order.to(labels.device)].split(batch_size)
+        batch_labels = labels[order.to(labels.device)].split(batch_size)[:n_batches]
         history, used = [], 0
         steps = zip(images.batches(batches, views, epoch), batch_labels)
         for f, y in tqdm(steps, total=n_batches, leave=False, disable=None):  # (B, D), (B,)
@@ -380,37 +381,33 @@ def run(config, resume=False):
     device = parallel.choose_device(config["device"])
     parallel.join(device)
     folder = Path(config["out"])
-    with writable_folder(folder, "choose another --out"):
-        result = run_in(folder, config, resume, device)
+    defaults = preset(config["method"], config["dataset"], config["shots"], config["batch_size"])
+    with runs.open_run(folder, config, resume, defaults) as (state, finished):
+        result = finished or run_in(folder, config, defaults, state, device)
     parallel.leave()
     return result
 
 
-def run_in(folder, config, resume, device):
-    """The run itself, in five steps. Returns its result."""
-    # 1. The folder. `state` is what training continues from, None for a fresh start.
-    method = config["method"]
-    defaults = preset(method, config["dataset"], config["shots"], config["batch_size"])
-    state = runs.open_run(folder, config, resume, defaults, MACHINE)
-
-    # 2. The inputs and the model.
-    task = load_task(config, device)
+def run_in(folder, config, defaults, state, device):
+    """The run in its folder. Returns its result. state: to continue from, or None."""
+    # The inputs and the model.
+    task, method = load_task(config, device), config["method"]
     split = task.split
-    parts = [task.groups, task.fingerprint, task.names, split.train]
-    made_of = runs.check_made_of(folder, state, parts)
+    parts = [task.groups, task.fingerprint, task.names, content_of(split)]
+    made_of = runs.check_content(folder, parts)
     model = None if method in BASELINES else new_mixture(task, defaults)
     results.announce(config, split, model)
 
-    # 3. CLIP as it is.
+    # CLIP as it is.
     test, val = task.features("test"), task.features("val")
-    hard = task.hard.features[:, task.seen]
+    templates = task.hard.features[:, task.seen]
     untrained = zero_shot_and_ensemble(
-        task.clip_model, split.dataset, split.class_names, hard, config
+        task.clip_model, split.dataset, split.class_names, templates, config
     )
     zero_shot, ensemble = (results.accuracy_on(m, split, "test", test) for m in untrained.values())
     print(f"before training: zero-shot {zero_shot:.2f} %, ensemble {ensemble:.2f} %")
 
-    # 4. One of three ways to learn.
+    # One of three ways to learn.
     seconds, usage = 0.0, []
     if model:
         save = partial(runs.save_state, folder, config, made_of)
@@ -423,7 +420,7 @@ def run_in(folder, config, resume, device):
         how = {"cached": not learns_images(config), "raw": method == "linear"}
         test, val = (task.features(part, **how) for part in ("test", "val"))
 
-    # 5. Its results.
+    # Its results.
     changed = runs.changed_settings(config, defaults)
     measured, *_ = results.evaluate_model(model, config, changed, split, config["classes"], test)
     result = measured | {
@@ -434,6 +431,9 @@ def run_in(folder, config, resume, device):
         "val_accuracy": results.accuracy_on(model, split, "val", val),
         "prompt_usage_by_epoch": usage,
         "train_seconds": round(seconds, 2),
+        "groups": task.groups,
+        "clip_fingerprint": task.fingerprint,
+        "made_of": made_of,
         "config": config,
     }
     checkpoint = {
@@ -444,10 +444,7 @@ def run_in(folder, config, resume, device):
         "clip_fingerprint": task.fingerprint,
         "model": model.state_dict(),
     }
-    runs.publish(folder, checkpoint, result, defaults, MACHINE)
-    if model.templates:
-        router_picture(result, folder / "router.png")
-    runs.print_finished(folder, result)
+    runs.publish(folder, checkpoint, result, defaults, partial(router_picture, result))
     return result
 
 
@@ -457,8 +454,7 @@ def load_task(config, device):
     if config["method"] in PROBES and not split.val:
         raise BadInput("a linear probe chooses its strength on val images, and there are none")
     clip_model, fingerprint = load_clip(config["clip"], device)
-    # The text loss reads the names of all classes, including those without images.
-    # Otherwise such names would have no effect.
+    # Only the text loss can use the names of classes without images.
     names, seen = split.class_names, slice(None)
     if config["text_weight"] and config["text_names"] == "all":
         names = full_split.class_names
@@ -535,6 +531,15 @@ def preset(method, dataset, shots, batch_size=None):
     return row
 
 
+def complete(given):
+    """(all settings, the method's defaults), from the settings that are given."""
+    base = defaults_of(*SETTINGS.values())
+    task = base | given
+    dataset = full_dataset(task["dataset"])
+    defaults = preset(task["method"], dataset, task["shots"], given.get("batch_size"))
+    return base | defaults | given | {"dataset": dataset}, defaults
+
+
 def configure(arguments=None):
     """Turns a command line into a run's configuration: (config, whether to resume).
 
@@ -545,15 +550,11 @@ def configure(arguments=None):
     """
     parser = settings_parser(SETTINGS, __doc__)
     given = vars(parser.parse_args(arguments))
-    everywhere = defaults_of(*SETTINGS.values())
-    asked = everywhere | given
-    dataset = full_dataset(asked["dataset"])
-    defaults = preset(asked["method"], dataset, asked["shots"], given.get("batch_size"))
-    if given.pop("help", False):
-        parser.set_defaults(**everywhere | defaults)
+    config, defaults = complete(given)
+    if config.pop("help", False):
+        parser.set_defaults(**defaults_of(*SETTINGS.values()) | defaults)
         parser.print_help()
         parser.exit()
-    config = everywhere | defaults | given | {"dataset": dataset}
     resume = config.pop("resume")
     config["data"] = str(Path(config["data"]).resolve())
     config["clip"] = full_path(config["clip"], but=["bundled"])

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import tempfile
 import uuid
 from pathlib import Path
@@ -73,10 +74,64 @@ def save_json(content, path):
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_torch_file(path, what):
-    """`torch.load` of a dictionary, weights only, with one clear error: `path is not a {what}`."""
+def existing(path):
+    """A path as a `Path`. Raises OSError unless it is a file: reading a pipe or a device may never
+    end."""
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"{path} is not a file")
+    return path
+
+
+def create_json(content, path):
+    """As `save_json`, but leaves a file that exists alone, also one that another process has just
+    created. Returns whether the file is new."""
+    scratch = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_json(content, scratch)
+        os.link(scratch, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without links
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return True
+
+
+def fits(value, kind):
+    """Whether a value is of a kind: a type, the largest number, [kind of each item], {name: kind of
+    its value}, or a function that tests it."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), of) for k, of in kind.items())
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, type):
+        return isinstance(value, kind)
+    if isinstance(kind, (int, float)):
+        return type(value) in (int, type(kind)) and 0 <= value <= kind  # False for NaN and True
+    return kind(value)
+
+
+def optional(kind):
+    """The kind of what files of older versions lack."""
+    return lambda value: value is None or fits(value, kind)
+
+
+def checked(content, kinds, path, what):
+    """Returns the content of a file, which may be damaged or a stranger's. Raises BadInput unless
+    it is a dictionary with values of these kinds, {name: kind}."""
+    wrong = [name for name, kind in kinds.items() if not fits(content, {name: kind})]
+    if wrong or not isinstance(content, dict):
+        why = f": {wrong[0]}" if isinstance(content, dict) else ""
+        raise BadInput(f"{path} is not a {what}, or damaged{why}")
+    return content
+
+
+def read_torch_file(path, what, kinds):
+    """`torch.load` of a dictionary, weights only. Raises BadInput as `checked`."""
     content = None
-    with open(path, "rb") as file:  # one that cannot be opened raises its own OSError
+    with open(existing(path), "rb") as file:  # one that cannot be opened raises its own OSError
         try:
             with ZipFile(file) as archive:
                 if archive.testzip() is None:  # torch does not verify the checksums
@@ -84,15 +139,22 @@ def read_torch_file(path, what):
         except Exception as error:  # damaged bytes may raise anything
             if out_of_memory(error):
                 raise
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a {what}, or damaged")
-    return content
+    return checked(content, kinds, path, what)
+
+
+def read_json(path, what, kinds):
+    """A dictionary in a JSON file. Raises BadInput as `checked`."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):  # ValueError: BadInput, too
+        content = None
+    return checked(content, kinds, path, what)
 
 
 def read_text(file):
     """The content of a text file. Raises BadInput if it cannot be read."""
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        return existing(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}") from error
 

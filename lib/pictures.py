@@ -1,13 +1,12 @@
 """Pictures made from the `result.json` of runs and from test images."""
 
 import contextlib
-import sys
 import warnings
 from collections import defaultdict
 
 import numpy as np
 
-from lib.errors import BadInput
+from lib.errors import BadInput, say, warn
 from lib.files import replacing
 from lib.results import accuracies, mean_std
 
@@ -40,7 +39,7 @@ def optional(what):
     try:
         yield
     except BadInput as error:
-        print(f"{what} is missing: {error}", file=sys.stderr)
+        warn(f"{what} is missing: {error}")
 
 
 def new_figure(width, height, down=1, across=1):
@@ -61,8 +60,10 @@ def save_figure(figure, path, dpi=120):
 @optional("the router's picture")
 @matplotlib_defaults()
 def router_picture(result, path):
-    """Draws the router's table from a `result.json` as a heat map."""
-    save_figure(router_figure([result], f"{result['dataset']}, {result['classes']} classes"), path)
+    """Draws the router's table of a `result.json` as a heat map, if the method has prompts."""
+    if result["n_prompts"]:
+        title = f"{result['dataset']}, {result['classes']} classes"
+        save_figure(router_figure([result], title), path)
 
 
 def router_figure(results, title):
@@ -137,8 +138,8 @@ def draw_pictures(runs, folder):
             " settings, with several numbers of shots (curves) or several prompts (maps)"
         )
     for name, figure in drawn.items():
-        save_figure(figure, folder / name)
-    print(f"saved in {folder}: {', '.join(drawn)}")
+        save_figure(figure, folder / name.replace("/", "_"))  # a result may be a stranger's
+    say(f"saved in {folder}: {', '.join(drawn)}")
 
 
 def few_shot_figure(runs):

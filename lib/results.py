@@ -1,13 +1,15 @@
 """Numbers and tables, from a model's predictions and from the `result.json` of runs."""
 
+import os
 from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lib.catalogue import row_of
-from lib.errors import BadInput
-from lib.runs import run_label
+from lib.errors import BadInput, say, shown, warn
+from lib.runs import BY_CONTENT, MACHINE, run_label
 
 UNTRAINED = "zeroshot", "ensemble"  # every run also reports their accuracies
 
@@ -81,15 +83,15 @@ def announce(config, split, model):
     """Prints what the run is about to do."""
     own = split.source == "coop" and split.samples == "own"
     prompts = f" with {len(model.templates)} prompts, {model.top_k} per image" if model else ""
-    print(
+    say(
         f"{split.name}: {len(split.class_names)} {config['classes']} classes, {config['shots']}"
         f" shots, seed {config['seed']}{' (samples of our own)' if own else ''};"
         f" CLIP {config['clip']}; {config['method']}{prompts}"
     )
     if model:
-        print("prompts: " + " | ".join(model.templates))
+        say("prompts: " + " | ".join(model.templates))
     if config["groups"] == "dataset" and not row_of(split.dataset).templates:
-        print(f"{split.name} has no templates: SUN397's four groups are used (see --groups)")
+        say(f"{split.name} has no templates: SUN397's four groups are used (see --groups)")
 
 
 def print_epoch(epoch, model, lr, history, used):
@@ -133,6 +135,7 @@ def evaluate_model(model, config, changed, split, classes, features):
         "top_k": model.top_k,
         "n_classes": len(split.class_names),
         "n_test": len(split.test),
+        "class_names": split.class_names,
         "split": split.source,
         "accuracy": accuracy(predictions, labels),
         "macro_f1": macro_f1(predictions, labels, len(split.class_names)),
@@ -158,7 +161,7 @@ def accuracy_on(model, split, part, features):
 
 
 class Line(NamedTuple):
-    """What the runs in one row of a table have in common."""
+    """What a row of a table shows of its runs."""
 
     dataset: str
     classes: str
@@ -167,33 +170,77 @@ class Line(NamedTuple):
     label: str  # the method and its changed settings, as in a run's folder
 
 
+class Names:
+    """Keeps apart what differs under one name: the second such thing is called `mocoop (2)`."""
+
+    def __init__(self):
+        self.measured = defaultdict(list)
+
+    def number(self, name, what):
+        """ "" for the first thing of a name, " (2)" for the second. what: a dictionary of all that
+        things of one name share; empty for older results, which lack it."""
+        same_name = self.measured[name]
+        if what not in same_name:
+            same_name.append(what)
+            first = same_name[0]
+            differing = [k for k in {**first, **what} if first.get(k) != what.get(k)]
+            if differing:
+                warn(f"kept apart: results of {name} that differ in {', '.join(differing)}")
+        n = same_name.index(what) + 1
+        return f" ({n})" if n > 1 else ""
+
+
+def what_was_measured(result):
+    """All that runs in one row share: their settings, where those are no paths, and what they were
+    trained and tested on."""
+    ignored = MACHINE | BY_CONTENT | {"seed"}
+    settings = {k: v for k, v in result["config"].items() if k not in ignored}
+    content = "class_names", "n_test", "groups", "clip_fingerprint"
+    return settings | {k: result.get(k) for k in content}
+
+
 def accuracies(runs):
     """{Line: {column: {seed: accuracy}}}, in percent. runs: from `lib.runs.find_runs`.
 
-    Runs that differ only in the seed share a row; CLIP as it is has a row per task. Columns:
+    Runs share a row if they differ only in the seed; CLIP as it is has a row per task. Columns:
     `accuracy`, on the run's own task; `new`, a base run evaluated on the new classes; and any other
-    dataset that the runs were evaluated on.
+    dataset that the runs were evaluated on. If a run appears twice for a seed, the first counts,
+    and a line on standard error names the other.
     """
-    rows = defaultdict(lambda: defaultdict(dict))
+    rows, names = defaultdict(lambda: defaultdict(dict)), Names()
+
+    def line(*columns, what):
+        row = Line(*columns)
+        return row._replace(label=row.label + names.number(" ".join(map(str, row)), what))
+
     for result, evaluations in runs:
-        config, changed = result["config"], result["changed_flags"]
-        task = config["dataset"], result["classes"], result["clip"]  # a folder by its full path
+        changed, what, seed = result["changed_flags"], what_was_measured(result), result["seed"]
+        clip = Path(result["clip"]).name if os.path.isabs(result["clip"]) else result["clip"]
+        task = result["dataset"], result["classes"], clip
+        tested = {k: what[k] for k in ("class_names", "n_test", "clip_fingerprint")}
         # The ensemble depends only on the templates, not on how they are grouped.
         templates = {k: v for k, v in changed.items() if k == "groups" and v != "auto"}
+        read = {"templates": sorted(sum(what["groups"] or [], []))}
         lines = {
-            "zero_shot_accuracy": Line(*task, 0, "zero-shot"),
-            "ensemble_accuracy": Line(*task, 0, run_label("ensemble", templates)),
+            "zero_shot_accuracy": line(*task, 0, "zero-shot", what=tested),
+            "ensemble_accuracy": line(
+                *task, 0, run_label("ensemble", templates), what=tested | read
+            ),
         }
         if result["method"] not in UNTRAINED:
-            lines["accuracy"] = Line(*task, config["shots"], result["label"])
-        for key, line in lines.items():
-            columns = rows[line]
-            columns["accuracy"][config["seed"]] = result[key]
+            lines["accuracy"] = line(*task, result["shots"], result["label"], what=what)
+        for key, row in lines.items():
+            columns = rows[row]
+            if key == "accuracy" and seed in columns[key]:
+                warn(f"left out: {result.get('folder')}: seed {seed} of {row.label} appears twice")
+                continue
+            columns["accuracy"][seed] = result[key]
             for other in evaluations:
-                target = other | {"dataset": other.get("target", other["dataset"])}
-                differs = [target[k] for k in ("dataset", "classes") if other[k] != result[k]]
+                differs = [other[k] for k in ("dataset", "classes") if other[k] != result[k]]
                 if differs:
-                    columns[" ".join(differs)][config["seed"]] = other[key]
+                    column = " ".join(differs)
+                    tested = {k: other.get(k) for k in ("class_names", "n_test")}
+                    columns[column + names.number(column, tested)][seed] = other[key]
     return rows
 
 
@@ -205,13 +252,18 @@ def mean_h(columns):
     return harmonic_mean(*np.mean(pairs, axis=0)) if pairs else None
 
 
-def cell(values, sign=""):
-    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" also shows plus signs."""
+def cell(values, sign="", n_seeds=0):
+    """Mean ± standard deviation of {key: percent}, or a dash. sign: "+" also shows plus signs.
+    n_seeds: of the row; a mean over fewer shows its number."""
     if not values:
         return "–"
     mean, std = mean_std(values.values())
     spread = f" ± {std:.1f}" if len(values) > 1 and std > 1e-9 else ""
-    return f"{mean:{sign}.1f}{spread}"
+    return f"{mean:{sign}.1f}{spread}{fewer(len(values), n_seeds)}"
+
+
+def fewer(n, n_seeds):
+    return f" ({n} of {n_seeds} seeds)" if n < n_seeds else ""
 
 
 def runs_table(runs):
@@ -222,11 +274,12 @@ def runs_table(runs):
     lines = [[*columns, *targets]]
     for row in sorted(rows, key=lambda row: (*row[:3], row.shots, row)):
         values = rows[row]
+        n = len(values["accuracy"])
         h = mean_h(values) if row.classes == "base" else None
-        seeds = len(values["accuracy"]) if row.shots else "–"
-        line = [row.dataset, row.classes, row.clip, row.label, row.shots or "–", seeds]
-        line += [cell(values["accuracy"]), cell(values["new"]), f"{h:.1f}" if h else "–"]
-        lines.append(line + [cell(values[target]) for target in targets])
+        line = [row.dataset, row.classes, row.clip, row.label, row.shots or "–"]
+        line += [n if row.shots else "–", cell(values["accuracy"]), cell(values["new"], n_seeds=n)]
+        line.append(f"{h:.1f}{fewer(len(values['new']), n)}" if h else "–")
+        lines.append(line + [cell(values[target], n_seeds=n) for target in targets])
     used = [i for i in range(len(lines[0])) if any(line[i] != "–" for line in lines[1:])]
     return markdown([[line[i] for i in used] for line in lines])
 
@@ -234,4 +287,5 @@ def runs_table(runs):
 def markdown(lines):
     """Rows of cells, the heading first, as a Markdown table."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    cells = [[shown(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,30 +1,65 @@
 """A run's folder: its name, its files, and how an interrupted run continues.
 
+    config.json      until the run is finished: the settings and the content it belongs to
     resume.pt        while training: everything needed to continue
     checkpoint.pt    the trained model
     result.json      its results and settings
     router.png, eval_*.json, eval_*.png, samples_*.png, why.json    made from these two
 
-A folder belongs to one configuration; another one is refused. A repeated run leaves the files of
-the earlier one alone until all of its own are on disk.
+A folder belongs to one configuration; another one is refused at once. Two processes with the same
+one do the same work twice and leave the same files. A repeated run leaves the files of the earlier
+one alone until all of its own are on disk.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
 
-from lib.errors import BadInput
-from lib.files import read_torch_file, replacing, save_torch, torch_bytes
+from lib.errors import BadInput, say, warn
+from lib.files import (
+    create_json,
+    optional,
+    read_json,
+    read_torch_file,
+    replacing,
+    save_json,
+    save_torch,
+    torch_bytes,
+    writable_folder,
+)
 
 ANOTHER_OUT = " and continue with --resume, or choose another --out"
 STALE = (  # files of an earlier run, removed once the new one is on disk
     *("checkpoint.pt", "router.png", "eval_*.json", "eval_*.png", "samples_*.png", "why.json"),
 )
+MACHINE = {"data", "device", "text_encoder", "chunk", "out"}  # settings that change no result
+BY_CONTENT = {"dataset", "clip", "groups"}  # if they are paths, what is there counts: it may move
+
+# fmt: off
+# What the files hold: {name: kind}, as in `lib.files.fits`.
+CLAIM = {"config": dict, "made_of": optional(str)}
+STATE = {
+    "config": dict, "made_of": str, "epoch": 2**31, "seconds": math.inf, "usage": [[1.0]],
+    "model": dict, "optimiser": dict, "order_rng": torch.Tensor, "torch_rng": torch.Tensor,
+    "cuda_rng": optional(torch.Tensor),
+}
+CHECKPOINT = {
+    "config": dict, "groups": [[str]], "class_names": [str], "prompt_names": optional([str]),
+    "clip_fingerprint": str, "model": dict,
+}
+RESULT = {  # what tables and pictures need; also of eval_*.json
+    "dataset": str, "classes": str, "shots": 2**31, "seed": 2**31, "method": str, "label": str,
+    "changed_flags": dict, "clip": str, "n_prompts": 2**31, "prompt_usage": dict, "config": dict,
+    "accuracy": 100.0, "zero_shot_accuracy": 100.0, "ensemble_accuracy": 100.0,
+    "router": {"rows": [str], "share": [[1.0]]}, "groups": optional([[str]]),
+}
+# fmt: on
 
 
 def changed_settings(config, defaults):
@@ -59,64 +94,85 @@ def run_folder(config, changed):
 # ----------------------------------------------------------------------------- starting, resuming
 
 
-def open_run(folder, config, resume, defaults, ignored):
-    """The saved state to continue the run in `folder` from, or None for a fresh start.
+@contextlib.contextmanager
+def open_run(folder, config, resume, defaults):
+    """Claims a run's folder by writing `config.json`. If the block leaves no state to continue
+    from, finished or stopped, the claim is removed.
 
-    defaults: for settings that are newer than the run in the folder. ignored: settings that may
-    differ. Raises BadInput if the folder holds another configuration's run or other files; exits
-    with status 0 if `resume` is given for a run that is finished.
+    Yields (the saved state to continue from, the result of a run that is finished): both None for
+    a fresh start. defaults: for settings that are newer than the run in the folder. Raises BadInput
+    if the folder holds another configuration's run or other files.
     """
-    files = [f.name for f in folder.iterdir() if f.suffix != ".tmp"] if folder.exists() else []
-    state = None
-    if "resume.pt" in files:
-        state = _read_state(folder / "resume.pt")
-        check_same_run(folder, state["config"], config, defaults, ignored)
-    elif "result.json" in files:
-        earlier = read_result(folder / "result.json")
-        check_same_run(folder, earlier["config"], config, defaults, ignored)
-    elif files:
-        raise BadInput(f"{folder} is not empty and holds no run ({files[0]}): choose another --out")
-    if resume and not state and {"checkpoint.pt", "result.json"} <= {*files}:
-        print(f"the run in {folder} is finished: nothing to resume")
-        sys.exit(0)
-    if resume:
-        what = f"resuming after epoch {state['epoch']}" if state else "nothing to resume"
-        print(what if state else f"{what}: a fresh start")
-        return state
-    if state:
-        print(f"{folder} holds this run, stopped halfway: starting over without --resume")
-    elif files:
-        print(f"{folder} holds this run and its evaluations already: they will be replaced")
-    return None
+    with writable_folder(folder, "choose another --out"):
+        state = earlier = None
+        files = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
+        if files and not files & {"config.json", "resume.pt", "result.json"}:
+            first = min(files)
+            raise BadInput(
+                f"{folder} is not empty and holds no run ({first}): choose another --out"
+            )
+        if "resume.pt" in files:
+            what = "state to resume from (remove it)"
+            state = read_torch_file(folder / "resume.pt", what, STATE)
+            check_same_run(folder, state, config, defaults)
+        elif "result.json" in files:
+            earlier = read_result(folder / "result.json")
+            check_same_run(folder, earlier, config, defaults)
+        claimed = _claim(folder, config, defaults)
+
+        if resume and earlier and "checkpoint.pt" in files:
+            say(f"the run in {folder} is finished: nothing to resume")
+        elif resume and state:
+            print(f"resuming after epoch {state['epoch']}")
+        elif resume:
+            print("nothing to resume: a fresh start")
+        elif state:
+            say(f"{folder} holds this run, stopped halfway: starting over without --resume")
+        elif earlier:
+            say(f"{folder} holds this run and its evaluations already: they will be replaced")
+        finished = earlier if resume and "checkpoint.pt" in files else None
+        try:
+            yield state if resume else None, finished
+        finally:
+            if claimed and not (folder / "resume.pt").exists():
+                (folder / "config.json").unlink(missing_ok=True)
 
 
-def check_same_run(folder, its_config, config, defaults, ignored):
-    """Raises BadInput if a folder's run has another configuration. See `open_run`."""
-    for name in sorted(config.keys() - ignored):
-        its_value = its_config.get(name, defaults.get(name))
-        if its_value != config[name]:
+def _claim(folder, config, defaults):
+    """Writes `config.json`, unless the folder has one. Returns whether it did."""
+    claim = folder / "config.json"
+    if create_json({"config": config}, claim):
+        return True
+    check_same_run(folder, read_json(claim, "run's claim", CLAIM), config, defaults)
+    return False
+
+
+def check_same_run(folder, earlier, config, defaults):
+    """Raises BadInput if a folder's run has another configuration. earlier: what it has saved."""
+    for name in sorted(config.keys() - MACHINE):
+        its_value = earlier["config"].get(name, defaults.get(name))
+        moved = name in BY_CONTENT and any(map(os.path.isabs, (its_value, config[name])))
+        if its_value != config[name] and not moved:
             raise BadInput(
                 f"{folder} holds a run with {name} {its_value} instead of {config[name]}:"
                 " remove it or choose another --out"
             )
 
 
-def check_made_of(folder, state, parts):
-    """A hash of a run's inputs beyond its settings. Raises BadInput if `state`, of the run to
-    continue, has another hash. parts: anything that JSON can encode."""
+def check_content(folder, parts):
+    """A hash of what a run learns from, which `config.json` then holds. parts: anything that JSON
+    can encode. Raises BadInput if the run that the folder holds was made of other parts."""
     made_of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if state and state["made_of"] != made_of:
+    claim, result = folder / "config.json", folder / "result.json"
+    saved = [read_json(claim, "run's claim", CLAIM)]
+    saved += [read_result(result)] if result.is_file() else []
+    if any(earlier.get("made_of", made_of) != made_of for earlier in saved):
         raise BadInput(
-            f"{folder} was stopped while training with other images, templates or CLIP weights:"
+            f"{folder} holds a run with other images, templates or CLIP weights:"
             " remove it or choose another --out"
         )
+    save_json(saved[0] | {"made_of": made_of}, claim)
     return made_of
-
-
-STATE = {  # the keys of a resume.pt
-    *("config", "made_of", "epoch", "seconds", "usage", "model", "optimiser", "order_rng"),
-    *("torch_rng", "cuda_rng"),
-}
 
 
 def snapshot(epoch, seconds, usage, model, optimiser, order_rng):
@@ -135,15 +191,19 @@ def snapshot(epoch, seconds, usage, model, optimiser, order_rng):
 
 
 def restore(state, model, optimiser, order_rng):
-    """Puts a snapshot back. Returns (epochs done, seconds, usage so far), zero without one."""
+    """Puts a snapshot back. Returns (epochs done, seconds, usage so far), zero without one. Raises
+    BadInput if it does not fit."""
     if state is None:
         return 0, 0.0, []
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    order_rng.set_state(state["order_rng"])
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    try:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        order_rng.set_state(state["order_rng"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise BadInput("the state to resume from does not fit this run: remove it") from error
     return state["epoch"], state["seconds"], list(state["usage"])
 
 
@@ -151,22 +211,12 @@ def save_state(folder, config, made_of, state):
     save_torch({"config": config, "made_of": made_of, **state}, folder / "resume.pt", ANOTHER_OUT)
 
 
-def _read_state(file):
-    """A `resume.pt` as a dictionary. Raises BadInput if it is not one."""
-    try:
-        state = read_torch_file(file, "state to resume from")
-    except BadInput as error:
-        raise BadInput(f"{error}: remove it") from error
-    if not state.keys() >= STATE or not isinstance(state["config"], dict):
-        raise BadInput(f"{file} is not a state to resume from: remove it")
-    return state
-
-
 # --------------------------------------------------------------------------------- finished runs
 
 
-def publish(folder, checkpoint, result, defaults, ignored):
-    """Writes the files of a finished run to `folder`, in place of an earlier run's.
+def publish(folder, checkpoint, result, defaults, draw):
+    """Writes the files of a finished run to `folder`, in place of an earlier run's, and its picture
+    by `draw(path)`.
 
     Nothing of an earlier run is removed before all of this one is on disk. `resume.pt` is removed
     last, so a run killed in between can still be resumed. `open_run`'s check is repeated, because
@@ -174,7 +224,7 @@ def publish(folder, checkpoint, result, defaults, ignored):
     """
     if (folder / "result.json").is_file():
         earlier = read_result(folder / "result.json")
-        check_same_run(folder, earlier["config"], result["config"], defaults, ignored)
+        check_same_run(folder, earlier, result["config"], defaults)
     with replacing(folder / "checkpoint.pt", ANOTHER_OUT) as new_checkpoint:
         new_checkpoint.write_bytes(torch_bytes(checkpoint))
         with replacing(folder / "result.json", ANOTHER_OUT) as new_result:  # renamed first
@@ -182,56 +232,44 @@ def publish(folder, checkpoint, result, defaults, ignored):
             for stale in (file for name in STALE for file in folder.glob(name)):
                 if not stale.is_dir():
                     stale.unlink(missing_ok=True)
-    (folder / "resume.pt").unlink(missing_ok=True)
-
-
-def print_finished(folder, result):
-    """Prints the outcome of a finished run, and which of its files exist."""
+    draw(folder / "router.png")
+    for name in ("resume.pt", "config.json"):
+        (folder / name).unlink(missing_ok=True)
     print(
         f"after training:  {result['method']} {result['accuracy']:.2f} % on"
         f" {result['n_test']:,} test images, {result['train_seconds']:.1f} s of training"
     )
     files = [folder / name for name in ("checkpoint.pt", "result.json", "router.png")]
-    print(f"saved in {folder}: {', '.join(file.name for file in files if file.is_file())}")
-
-
-RESULT = {  # what tables and pictures need from a result.json
-    *("dataset", "classes", "shots", "seed", "method", "label", "changed_flags", "clip"),
-    *("accuracy", "zero_shot_accuracy", "ensemble_accuracy", "n_prompts", "prompt_usage"),
-    *("router", "config"),
-}
-SETTINGS = {"dataset", "classes", "shots", "seed", "groups"}
+    say(f"saved in {folder}: {', '.join(file.name for file in files if file.is_file())}")
 
 
 def read_result(path):
     """A `result.json` as a dictionary. Raises BadInput if it is not one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        complete = result.keys() >= RESULT and result["config"].keys() >= SETTINGS
-    except (OSError, ValueError, AttributeError, RecursionError):
-        complete = False
-    if not complete:
-        raise BadInput(f"{path} is not the result of a run, or damaged: move it away")
-    return result
+    return read_json(path, "result of a run (move it away)", RESULT)
 
 
 def find_runs(folder):
-    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries. Other
-    files with these names are left out and reported on standard error."""
+    """Every finished run below `folder`: (result.json, [its eval_*.json]) as dictionaries; the
+    first also has its `folder`. Links are followed. Other files of these names are left out, and
+    named on standard error. Raises BadInput if there is no run."""
 
     def read(files):
         for file in sorted(files):
             try:
                 yield read_result(file)
             except BadInput as error:
-                print(f"left out: {error}", file=sys.stderr)
+                warn(f"left out: {error}")
 
-    if not Path(folder).is_dir():
-        raise BadInput(f"there is no folder {folder}")
-    runs = []
-    for file in sorted(Path(folder).rglob("result.json")):
-        for result in read([file]):
-            runs.append((result, list(read(file.parent.glob("eval_*.json")))))
+    runs, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if os.path.realpath(place) in seen:  # a link that leads back
+            folders.clear()
+        elif "result.json" in files:
+            for result in read([Path(place, "result.json")]):
+                others = list(read(Path(place).glob("eval_*.json")))
+                runs.append((result | {"folder": place}, others))
+        seen.add(os.path.realpath(place))
     if not runs:
         raise BadInput(f"no finished run below {folder}")
     return runs

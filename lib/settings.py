@@ -6,6 +6,7 @@ False makes a switch.
 """
 
 import argparse
+import os
 
 from lib.errors import BadInput
 
@@ -26,6 +27,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=first_line, formatter_class=HelpFormatter, allow_abbrev=False, **options
         )
+
+    def parse_args(self, arguments=None):
+        """As argparse's, but `~` means home in every path, also in `--data=~/data`."""
+        args = super().parse_args(arguments)
+        for name, value in vars(args).items():
+            if str(value)[:1] == "~":
+                setattr(args, name, type(value)(os.path.expanduser(value)))
+        return args
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the settings)")

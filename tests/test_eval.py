@@ -64,7 +64,7 @@ def test_what_is_no_run_is_refused(own_run, tmp_path):
     "flags, said",
     [
         ("", "name a RUN, or --table DIR, or --plots DIR"),
-        ("--table nowhere", "there is no folder nowhere"),
+        ("--table nowhere", "no finished run below nowhere"),
         ("nowhere", "nowhere holds no finished run"),
         ("--table . --words", "--words has no effect here"),
     ],
@@ -84,13 +84,14 @@ def test_tables_and_words_are_printed_and_what_cannot_be_drawn_is_said(
     status, lines, errors = run_eval("--plots", tmp_path)
     assert status == 2 and lines == [] and "nothing to draw below" in errors[0]
     status, lines, _ = run_eval(own_run, "--words")
-    first, *vectors = lines[: lines.index("a photo of a {}.")]
+    clip_line, first, *vectors = lines[: lines.index("a photo of a {}.")]
+    assert f"is {result['clip']}" in clip_line  # a path that the checkpoint names
     assert status == 0 and first == "a centered satellite photo of {}."
     assert [line.split()[0] for line in vectors] == ["v1", "v2", "v3", "v4", "v5"]
     init = "--init", "a {} of a nice kind", "--out", tmp_path / "two_sided"
     run_train(f"{small} --shots 1 --epochs 1 --one-group", *init)
     _, lines, _ = run_eval(tmp_path / "two_sided", "--words")
-    words = [line.split()[:2] for line in lines[1:]]
+    words = [line.split()[:2] for line in lines[2:]]
     assert words == [["v1", "a"], ["v2", "of"], ["v3", "a"], ["v4", "nice"], ["v5", "kind"]]
 
 

@@ -53,7 +53,7 @@ def test_neither_a_notebooks_backend_nor_a_docstring_is_needed(monkeypatch):
 
 
 def test_pictures_know_nothing_of_the_users_settings_nor_of_formulas(tmp_path):
-    result = {"dataset": "d", "classes": "all", "prompt_usage": {"{}": 1.0}}
+    result = {"dataset": "d", "classes": "all", "prompt_usage": {"{}": 1.0}, "n_prompts": 1}
     result["router"] = {"rows": ["cat", "from $5 to $$ \\frac$"], "share": [[1.0], [1.0]]}
     with matplotlib.rc_context({"savefig.facecolor": "red", "text.usetex": True}):
         pictures.router_picture(result, tmp_path / "router.png")
@@ -100,7 +100,7 @@ def test_a_full_disk_is_named_and_what_was_saved_stays(run_train, small, own_run
         ("result.json", {}, {"config": {}, "text": 1000 * "long "}),
     ):
         with disk_that_holds(2000), pytest.raises(BadInput, match=f"cannot write .*run/{name}: F"):
-            runs.publish(own_run, *contents, defaults={}, ignored=set())
+            runs.publish(own_run, *contents, defaults={}, draw=lambda path: None)
     assert {file.name: file.read_bytes() for file in own_run.iterdir()} == before
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import eval
 from data import load_split
-from lib import pictures, results
+from lib import errors, pictures, results
 from lib.errors import BadInput
 from lib.features import image_features
 from lib.runs import find_runs
@@ -86,7 +86,8 @@ def test_h_is_of_the_mean_base_and_the_mean_new_accuracy_of_seeds_with_both():
     row = row_of(runs)
     assert (row["accuracy"], row["new"]) == ("85.0 ± 5.0", "60.0 ± 10.0")
     assert row["H"] == "70.3"  # 2 * 85 * 60 / 145
-    assert row_of([*runs, run(seed=3, accuracy=10.0, classes="base")])["H"] == "70.3"
+    row = row_of([*runs, run(seed=3, accuracy=10.0, classes="base")])
+    assert row["H"] == "70.3 (2 of 3 seeds)" and row["new"] == "60.0 ± 10.0 (2 of 3 seeds)"
 
 
 def test_clip_as_it_is_has_its_own_numbers_in_every_column():
@@ -125,6 +126,69 @@ def test_runs_with_other_clips_are_in_other_rows():
     assert accuracies == {"ViT-B/16": "80.0", "RN50": "60.0"}
 
 
+def measured(seed=1, accuracy=80.0, others=(), settings=None, **content):
+    """A run whose result tells what was measured."""
+    result, evaluations = run(seed=seed, accuracy=accuracy, others=others)
+    content = {"class_names": ["a", "b"], "n_test": 8, "groups": [["{}."]], "clip_fingerprint": "1",
+               "folder": f"out/{seed}"} | content  # fmt: skip
+    config = result["config"] | (settings or {})
+    return result | content | {"config": config}, [other | content for other in evaluations]
+
+
+@pytest.mark.parametrize(
+    "other, differs",
+    [
+        ({"class_names": ["a", "c"]}, "class_names"),
+        ({"n_test": 9}, "n_test"),
+        ({"groups": [["a {}."]]}, "groups"),
+        ({"clip_fingerprint": "2"}, "clip_fingerprint"),
+        ({"settings": {"epochs": 7}}, "epochs"),  # another version's default
+        ({"clip_fingerprint": None, "groups": None}, "groups, clip_fingerprint"),  # an older result
+    ],
+)
+def test_what_differs_under_one_name_has_a_row_of_its_own(other, differs, capsys):
+    runs = [measured(1, 80.0), measured(2, 60.0, **other), measured(3, 82.0)]
+    assert row_of(runs)["accuracy"] == "81.0 ± 1.0"
+    assert row_of(runs, "mocoop (2)")["accuracy"] == "60.0"
+    line, *_ = [x for x in capsys.readouterr().err.splitlines() if " mocoop " in f"{x} "]
+    assert line.startswith("kept apart: results of eurosat") and line.endswith(f"in {differs}")
+
+
+def test_paths_and_machines_share_a_row():
+    moved = {"data": "/b", "out": "x", "device": "cuda", "chunk": 7, "text_encoder": "plain",
+             "dataset": "/b/pets", "clip": "/b/clip.pt", "groups": "/b/groups.txt"}  # fmt: skip
+    runs = [measured(1, 80.0), measured(2, 84.0, settings=moved, clip="/b/ViT-B/16")]
+    runs[0][0]["clip"] = "/a/16"
+    assert row_of(runs)["accuracy"] == "82.0 ± 2.0"
+
+
+def test_columns_of_one_name_are_kept_apart(capsys):
+    runs = [measured(1, others=[("dtd", "all", 40.0)])]
+    runs += [measured(2, others=[("dtd", "all", 50.0)])]
+    runs[1][1][0]["n_test"] = 9
+    row = row_of(runs)
+    assert (row["dtd"], row["dtd (2)"]) == ("40.0 (1 of 2 seeds)", "50.0 (1 of 2 seeds)")
+    assert "results of dtd that differ in n_test" in capsys.readouterr().err
+
+
+def test_a_run_that_appears_twice_for_a_seed_is_named(capsys):
+    runs = [measured(1, 80.0), measured(1, 90.0, folder="out/copy")]
+    assert row_of(runs)["accuracy"] == "80.0"
+    said = capsys.readouterr().err
+    assert said == "left out: out/copy: seed 1 of mocoop appears twice\n"
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path, capsys):
+    result, _ = run()
+    names = {"dataset": "a|b\x1b[2J\nc", "label": "x\x9b1m|"}
+    table = results.runs_table([(result | names, [])])
+    assert table.count("\n") == 4 and "\x1b" not in table and "a\\|b" in table
+    errors.warn("\x1b]0;title\x07 two\nlines")
+    errors.say("\r\x7f\u2028")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("\\r\\x7f\\u2028\n", "\\x1b]0;title\\x07 two\\nlines\n")
+
+
 def test_what_is_not_a_result_is_named_and_left_out(tmp_path, capsys):
     result, _ = run()
     for name in ("run", "foreign"):
@@ -132,12 +196,21 @@ def test_what_is_not_a_result_is_named_and_left_out(tmp_path, capsys):
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     (tmp_path / "run/eval_notes.json").write_text("{}")
     (tmp_path / "foreign/result.json").write_text(json.dumps({"accuracy": 80.0}))
-    assert find_runs(tmp_path) == [(result, [])]
-    foreign, notes = capsys.readouterr().err.splitlines()
-    assert "foreign/result.json is not the result of a run" in foreign
-    assert "run/eval_notes.json is not the result of a run" in notes
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "run")  # links are followed
+    (tmp_path / "runs/loop").symlink_to(tmp_path / "elsewhere")
+    assert find_runs(tmp_path / "runs") == [
+        (result | {"folder": str(tmp_path / "runs/linked")}, [])
+    ]
+    capsys.readouterr()
+    assert find_runs(tmp_path / "run") == [(result | {"folder": str(tmp_path / "run")}, [])]
     with pytest.raises(BadInput, match="no finished run below"):
         find_runs(tmp_path / "foreign")
+    notes, foreign = capsys.readouterr().err.splitlines()
+    assert "run/eval_notes.json is not a result of a run" in notes
+    assert "foreign/result.json is not a result of a run" in foreign
 
 
 # ------------------------------------------------------------------------------------ pictures

@@ -99,6 +99,18 @@ def test_from_python_settings_are_those_of_the_command_line():
         assert train.default_config(method="lasp", text_bias=value)["text_bias"] is value
 
 
+def test_home_is_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("clip.pt", "groups.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "pets").mkdir()
+    words = "--data=~/data --dataset ~/pets --clip=~/clip.pt --groups ~/groups.txt --out=~/run"
+    config = config_of(*words.split())
+    expected = {"data": "data", "dataset": "pets", "clip": "clip.pt", "groups": "groups.txt"}
+    for name, file in (expected | {"out": "run"}).items():
+        assert config[name] == str(tmp_path / file)
+
+
 # ------------------------------------------------------------------------------------- refused
 
 NO_EFFECT = [  # also where the value that is given is the default

@@ -52,7 +52,8 @@ def test_result_json_has_the_documented_keys(finished_run):
     expected = """dataset classes shots seed method label changed_flags clip n_prompts top_k
         n_classes n_train n_test split few_shot_samples accuracy zero_shot_accuracy
         ensemble_accuracy val_accuracy macro_f1 per_class_accuracy confusion prompt_usage
-        prompt_usage_by_epoch router train_seconds config"""
+        prompt_usage_by_epoch router train_seconds config class_names groups clip_fingerprint
+        made_of"""
     assert sorted(result_of(finished_run)) == sorted(expected.split())
 
 
@@ -67,7 +68,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     expected = run_train(flags, whole)
     with stopped_after(2):
         run_train(flags, parts)
-    assert files_of(parts) == ["resume.pt"]
+    assert files_of(parts) == ["config.json", "resume.pt"]
     with pytest.raises(BadInput, match="holds a run with seed 1 instead of 2"):
         run_train(flags, parts, "--seed", 2)
     resumed = run_train(flags, parts, "--resume")
@@ -90,9 +91,7 @@ def test_only_resume_continues_a_stopped_run_until_it_is_finished(
         assert [words[1] for words in lines if words[:1] == ["epoch"]] == epochs
 
     before = (own_run / "result.json").stat().st_mtime_ns
-    with pytest.raises(SystemExit) as exit:
-        run_train(f"{small} {FINISHED} --resume")
-    assert exit.value.code == 0
+    assert run_train(f"{small} {FINISHED} --resume") == result_of(own_run)
     assert (own_run / "result.json").stat().st_mtime_ns == before
 
 
@@ -239,7 +238,8 @@ def test_training_that_diverges_says_where_and_keeps_what_was_saved(
     monkeypatch.setattr(train, "image_loss", lambda *args: next(factors) * loss(*args))
     with pytest.raises(BadInput, match="training has diverged in epoch 2: try a smaller --lr"):
         run_train(f"{small} {FINISHED}")
-    assert files_of(own_run) == sorted([*RUN_FILES, "resume.pt"]) and result_of(own_run) == result
+    assert files_of(own_run) == sorted([*RUN_FILES, "config.json", "resume.pt"])
+    assert result_of(own_run) == result
     assert torch.load(own_run / "resume.pt", weights_only=True)["epoch"] == 1
 
 
@@ -260,14 +260,133 @@ def test_who_stops_a_run_or_closes_its_output_meets_no_traceback(
     assert exit.value.code == status
 
 
-def test_of_two_runs_in_one_folder_none_is_lost_in_silence(run_train, small, monkeypatch):
+# --------------------------------------------------------------------------- two runs, one folder
+
+
+@pytest.fixture
+def while_training(monkeypatch):
+    """`while_training(action)`: the next training is interrupted by an action before it begins."""
     fit = train.fit
 
-    def fit_while_another_finishes(*arguments):
-        monkeypatch.setattr(train, "fit", fit)
-        run_train(f"{small} --shots 1 --epochs 1 --seed 2")
-        return fit(*arguments)
+    def interrupt(action):
+        def fit_after(*arguments):
+            monkeypatch.setattr(train, "fit", fit)
+            action()
+            return fit(*arguments)
 
-    monkeypatch.setattr(train, "fit", fit_while_another_finishes)
-    with pytest.raises(BadInput, match="holds a run with seed 2 instead of 1"):
+        monkeypatch.setattr(train, "fit", fit_after)
+
+    return interrupt
+
+
+def test_a_folder_belongs_to_its_run_from_the_start(run_train, small, tmp_path, while_training):
+    flags, refused = f"{small} --shots 1 --epochs 1", []
+
+    def others():
+        assert files_of(tmp_path / "run") == ["config.json"]
+        for change in ("--seed 2", "--classes base", "--lr 0.1"):
+            with pytest.raises(BadInput, match="holds a run with .*: remove it or choose another"):
+                run_train(f"{flags} {change}")
+            refused.append(change)
+
+    while_training(others)
+    run_train(flags)
+    assert len(refused) == 3 and files_of(tmp_path / "run") == RUN_FILES
+
+
+def test_two_processes_with_one_configuration_leave_the_same_files(
+    run_train, small, finished_run, tmp_path, while_training, no_pictures
+):
+    while_training(lambda: run_train(f"{small} {FINISHED}"))
+    run_train(f"{small} {FINISHED}")
+    assert (
+        same_parameters(tmp_path / "run", finished_run) and files_of(tmp_path / "run") == RUN_FILES
+    )
+
+
+def test_a_handled_stop_that_saved_nothing_leaves_nothing(
+    run_train, small, tmp_path, while_training
+):
+    def stop():
+        raise KeyboardInterrupt
+
+    while_training(stop)
+    with pytest.raises(KeyboardInterrupt):
         run_train(f"{small} --shots 1 --epochs 1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_kill_the_same_configuration_goes_on_and_another_is_refused(
+    run_train, small, eurosat, tmp_path, own_eurosat, no_pictures
+):
+    flags = "--shots 1 --epochs 1 --dataset eurosat --data"
+    clip = "--clip", small.split()[-1]
+    (tmp_path / "run").mkdir()
+    config = train.configure([*flags.split(), str(eurosat), *clip])[0]
+    (tmp_path / "run/config.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(BadInput, match="holds a run with shots 1 instead of 2"):
+        run_train(flags, own_eurosat, *clip, "--shots", 2)
+    run_train(flags, own_eurosat, *clip)  # elsewhere, and the same
+    assert files_of(tmp_path / "run") == RUN_FILES
+
+    image = next((own_eurosat / "eurosat/2750").rglob("*.jpg")).parent
+    for file in image.iterdir():
+        file.write_bytes(file.read_bytes() + b"changed")
+    with pytest.raises(BadInput, match="holds a run with other images, templates or CLIP weights"):
+        run_train(flags, own_eurosat, *clip)
+
+
+# ----------------------------------------------------------------------------- damaged, or strange
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("result.json", {"accuracy": "80"}),
+        ("result.json", {"accuracy": float("nan")}),
+        ("result.json", {"accuracy": 101.0}),
+        ("result.json", {"seed": True}),
+        ("result.json", {"shots": -1}),
+        ("result.json", {"router": {"rows": [1], "share": [[0.5]]}}),
+        ("result.json", {"router": {"rows": ["a"], "share": [["b"]]}}),
+        ("result.json", {"config": []}),
+        ("result.json", {"groups": [[1]]}),
+        ("checkpoint.pt", {"groups": "a photo of a {}."}),
+        ("checkpoint.pt", {"class_names": [1, 2]}),
+        ("checkpoint.pt", {"clip_fingerprint": None}),
+        ("checkpoint.pt", {"model": [torch.ones(2)]}),
+        ("checkpoint.pt", {"config": {"top_k": "many"}}),
+        ("checkpoint.pt", {"config": {"method": "unknown"}}),
+        ("checkpoint.pt", {"config": {"text_bias": True}}),
+        ("resume.pt", {"epoch": -1}),
+        ("resume.pt", {"usage": [["a"]]}),
+        ("resume.pt", {"order_rng": 3}),
+        ("resume.pt", {"order_rng": torch.zeros(3, dtype=torch.uint8)}),
+        ("resume.pt", {"model": {}}),
+        ("config.json", {"config": 1}),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(
+    file, change, run_train, run_eval, small, own_run, capsys
+):
+    if file in ("resume.pt", "config.json"):
+        with stopped_after(1):
+            run_train(f"{small} {FINISHED}")
+    path = own_run / file
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | change))
+    else:
+        content = torch.load(path, weights_only=True)
+        change = {k: content[k] | v if k == "config" else v for k, v in change.items()}
+        torch.save(content | change, path)
+    if file == "checkpoint.pt":
+        status, _, errors = run_eval(own_run)
+        assert status == 2 and len(errors) == 1
+    else:
+        with pytest.raises(BadInput) as error:
+            run_train(f"{small} {FINISHED} --resume")
+        assert "\n" not in str(error.value)
+    if file == "result.json":
+        status, _, errors = run_eval("--table", own_run)
+        assert status == 2 and "left out: " in errors[0] and len(errors) == 2

@@ -17,6 +17,8 @@ column is the time of a row's matrix products alone, divided by the time of the 
 `shapes`, CLIP is a ViT-B/16 with random weights, because speed does not depend on them.
 """
 
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
+
 import time
 
 import torch

@@ -7,6 +7,8 @@ The model is a small `clip.model.CLIP` with CLIP's tokenizer, trained with CLIP'
 captions are the hand-written templates of the world's styles.
 """
 
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
+
 import math
 import multiprocessing
 import random

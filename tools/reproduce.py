@@ -13,6 +13,8 @@ evaluations and its `why.json`. In README.md and docs/RESULTS.md, each table is 
 `<!-- name -->` and `<!-- end -->`. Add further runs to `jobs`, further tables to `TABLES`.
 """
 
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
+
 import contextlib
 import io
 import json
@@ -32,11 +34,11 @@ from tqdm import tqdm
 import eval
 import train
 from lib.errors import BadInput, exit_on_bad_input
-from lib.parallel import n_threads
 from lib.pictures import draw_pictures
 from lib.results import accuracies, cell, harmonic_mean, markdown, mean_std, runs_table
 from lib.runs import find_runs
 from lib.settings import Parser, dashed
+from lib.start import n_threads
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
 from tools.why import why

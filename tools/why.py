@@ -7,6 +7,8 @@ equal weights or the gate's own target. Writes `why.json` into the run's folder.
 does so for its runs and makes tables of the results.
 """
 
+import lib.start  # noqa: F401  # isort: skip, before PyTorch
+
 from pathlib import Path
 
 import torch
