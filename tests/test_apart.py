@@ -69,7 +69,7 @@ CASES = {  # name: (flags, settings of plain.py that `settings` does not read of
     ),
     "LASP": ("--method lasp --classes base --shots 2 --seed 2 --views 2 --epochs 2", {}),
     "LayerNorms": (
-        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 5 --warm-up 0"
+        "--image-side layer-norms --classes base --shots 2 --seed 2 --epochs 8 --warm-up 1"
         " --batch-size 5 --lr 0.005",
         {"side": "layer-norms", "views": 1},
     ),

@@ -21,7 +21,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-@pytest.mark.parametrize("flags", ["--text-bias", "--method coop --epochs 1"])
+@pytest.mark.parametrize(
+    "flags", ["--text-bias", "--method coop --epochs 1", "--router frozen", "--router uniform"]
+)
 def test_the_readmes_lines_give_the_runs_own_logits(flags, run_train, run_eval, small, tmp_path):
     run_train(f"{small} --shots 1 --epochs 2 {flags}")
     status, *_ = run_eval(tmp_path / "run", "--export", tmp_path / "run.npz")
