@@ -14,6 +14,7 @@ from lib.files import existing
 # EPS, for which Pillow starts a program. It reads HEIF only with a plugin.
 FORMATS = "JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF"
 Image.init()  # registers all formats
+Image._MAPMODES = ()  # Pillow would map files, and for that open an image again by its name
 Image.MAX_IMAGE_PIXELS = 2**28  # Pillow refuses twice as many, 2 GB; phones take 200 megapixels
 # Pillow warns about these images, but reads them correctly.
 warnings.filterwarnings("ignore", "Palette images with Transparency|Image size")

@@ -227,6 +227,15 @@ def test_features_are_float_and_of_length_1_but_for_the_linear_probe(world_run):
             probe.classify(features_)
 
 
+def test_an_image_that_is_open_is_not_looked_up_by_its_name(tmp_path):
+    """Pillow maps files of grey pixels, and opens them again for that."""
+    Image.new("L", (8, 8), 9).save(tmp_path / "photo.tif")
+    photo = Image.open(tmp_path / "photo.tif")
+    (tmp_path / "photo.tif").unlink()
+    Image.new("L", (8, 8), 200).save(tmp_path / "photo.tif")
+    assert open_photo(photo).getpixel((0, 0)) == (9, 9, 9)
+
+
 # ------------------------------------------------------------------------------ what is opened
 
 
@@ -243,7 +252,7 @@ def test_only_pictures_of_half_a_gigapixel_at_most_are_opened(as_coop, tmp_path)
             open_photo(tmp_path / "photo.jpg", as_coop)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+@pytest.mark.parametrize("make", [lambda path: os.symlink("/dev/null", path), os.mkfifo])
 def test_pipes_and_devices_are_no_files(make, tmp_path):
     """Reading from them may never end."""
     make(tmp_path / "a.png")
