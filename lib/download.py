@@ -233,7 +233,7 @@ def _holds_images(folder):
     )
 
 
-def _unpack(archive, files, name, contents):
+def _unpack(archive, files, folder_name, contents):
     """Unpacks a zip file, which also verifies its checksums. Returns the dataset's folder in it.
     Raises OSError for a disk without room, and anything for an archive that cannot be used."""
     with zipfile.ZipFile(archive) as content:
@@ -244,7 +244,7 @@ def _unpack(archive, files, name, contents):
                 content.extract(entry, files)
                 bar.update(entry.file_size)
     # Archives differ in the name of the dataset's folder, and in the folders around it.
-    places = [files / name, files, *files.glob("*"), *files.glob("*/*")]
+    places = [files / folder_name, files, *files.glob("*"), *files.glob("*/*")]
     best = max(places, key=lambda place: sum((place / name).exists() for name in contents))
     if not ((best / contents[0]).is_dir() and _holds_images(best)):
         raise ValueError(f"no {contents[0] or 'images'} in it")

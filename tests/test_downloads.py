@@ -7,6 +7,7 @@ and the SHA-256 of the three archives whose real one is known.
 import errno
 import hashlib
 import io
+import json
 import re
 import resource
 import socket
@@ -221,7 +222,7 @@ def test_a_line_slower_than_a_kilobyte_a_second_is_given_up(
     """Whether a connection holds or each brings one more byte. A longer one that is fast enough is
     kept."""
     monkeypatch.setattr(download, "SLOWEST", slowest)
-    hub.plan = plan.copy()
+    hub.plan = plan
     if slowest == 1000:
         with pytest.raises(BadInput, match="eurosat.zip .the connection was closed or too slow"):
             load_split("eurosat", tmp_path / "data")
@@ -365,7 +366,52 @@ def test_an_archive_that_the_user_has_put_there_is_used_and_stays(
     assert tree(tmp_path / "data/eurosat").keys() == {f"{name[8:]}" for name in eurosat_files}
 
 
-# ------------------------------------------------------------------------ archives of no use
+@pytest.mark.parametrize("above", ["", "some/", "somewhere/deeper/"])
+def test_the_folder_is_found_a_level_higher_or_deeper(
+    above, hub, monkeypatch, eurosat_files, tmp_path
+):
+    """Beside what a Mac leaves in archives, which looks like it."""
+    files = {name.replace("eurosat/", above): content for name, content in eurosat_files.items()}
+    junk = {f"__MACOSX/{name.replace('/', '/._')}": b"a Mac's" for name in files}
+    put(hub, monkeypatch, "eurosat", junk | files)
+    assert len(load_split("eurosat", tmp_path / "data").test) == 10
+    found = tree(tmp_path / "data")
+    assert {name: found[name] for name in eurosat_files} == eurosat_files
+
+
+def test_an_archive_without_its_split_is_said_and_nothing_is_fetched_twice(
+    hub, monkeypatch, eurosat_files, tmp_path
+):
+    split = eurosat_files.pop(f"eurosat/{SPLIT}")
+    archive = put(hub, monkeypatch, "eurosat", eurosat_files)
+    for _ in range(2):
+        with pytest.raises(BadInput, match=rf"no .*{SPLIT} .*holds 2750\).*CoOp's DATASETS.md"):
+            load_split("eurosat", tmp_path / "data")
+    assert hub.sent == len(archive)
+    (tmp_path / "data/eurosat" / SPLIT).write_bytes(split)
+    assert len(load_split("eurosat", tmp_path / "data").test) == 10
+
+
+@pytest.mark.parametrize("where", ["eurosat", "eurosat.fetching/aside"])
+def test_the_users_split_stays_when_the_images_come(
+    where, eurosat_archive, eurosat_files, tmp_path
+):
+    """Also if a process was killed when the old folder had gone and the new one had not come."""
+    mine = json.loads(eurosat_files[f"eurosat/{SPLIT}"])
+    mine["test"] = mine["test"][::-1]
+    (tmp_path / "data" / where).mkdir(parents=True)
+    (tmp_path / "data" / where / SPLIT).write_text(json.dumps(mine))
+    split = load_split("eurosat", tmp_path / "data")
+    assert [item.path for item in split.test] == [f"2750/{path}" for path, _, _ in mine["test"]]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["eurosat"]
+
+
+def test_imagenet_is_brought_along(hub, tmp_path):
+    assert "https://image-net.org" in refused(tmp_path / "data", "imagenet")
+    assert hub.requests == []
+
+
+# ----------------------------------------------------------------------------- unusable archives
 
 
 IMAGE = "eurosat/2750/1.jpg"
@@ -390,7 +436,7 @@ def changed(at, value):
         ("no 2750 in it", zipped({f"eurosat/{SPLIT}": b""})),
     ],
 )
-def test_an_archive_of_no_use_is_removed_if_it_was_fetched_and_stays_if_it_is_the_users(
+def test_an_unusable_archive_is_removed_if_it_was_fetched_and_stays_if_it_is_the_users(
     reason, archive, hub, monkeypatch, tmp_path
 ):
     put(hub, monkeypatch, "eurosat", archive)
@@ -432,7 +478,7 @@ def test_no_entry_of_an_archive_is_written_outside(hub, monkeypatch, eurosat_fil
     outside = {"../../up.jpg": b"x", f"{tmp_path}/full.jpg": b"x"}
     put(hub, monkeypatch, "eurosat", outside | eurosat_files)
     check_eurosat(tmp_path / "data", eurosat_files)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
+    assert not (tmp_path / "full.jpg").exists()
 
 
 # ---------------------------------------------------------------------------------- CLIP's weights
