@@ -1,7 +1,6 @@
 """Loading a CLIP: every kind of file, and what is not one."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 
@@ -49,8 +48,7 @@ def test_a_torchscript_archive_in_fp16_loads_as_fp32(random_clip, monkeypatch, t
     check_weights(model, rounded)
     # The same weights in another kind of file are the same CLIP.
     torch.save(rounded, tmp_path / "rounded.pt")
-    for file in ("archive.pt", "rounded.pt"):
-        assert load_clip(tmp_path / file, "cpu")[1] == fingerprint
+    assert load_clip(tmp_path / "rounded.pt", "cpu")[1] == fingerprint
 
 
 class WritesAFile(torch.nn.Module):
@@ -78,13 +76,6 @@ def test_code_in_an_archive_runs_only_if_openai_wrote_it(openais, monkeypatch, t
     with pytest.raises(BadInput, match=reason):
         load_clip("archive.pt", "cpu")
     assert Path("written").exists() == openais
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_regular_file_is_not_opened(make, tmp_path):
-    make(tmp_path / "clip.pt")
-    with pytest.raises(BadInput, match="no CLIP file .*clip.pt"):
-        load_clip(tmp_path / "clip.pt", "cpu")
 
 
 def test_a_resnet_clip_loads_and_encodes(tmp_path):
