@@ -1,7 +1,9 @@
 """Runs evaluated elsewhere, and what eval.py prints."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
@@ -37,6 +39,39 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(own_run):
 def test_a_checkpoint_from_another_clip_is_refused(finished_run):
     with pytest.raises(BadInput, match="was trained with another CLIP than"):
         eval.load_run(finished_run, clip="bundled")
+
+
+class Command:
+    """Unpickled, it runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch written",)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "resume.pt", "clip.pt"])
+def test_a_strangers_file_runs_no_command(file, own_run, small, run_train, monkeypatch, tmp_path):
+    monkeypatch.chdir(own_run)
+    torch.save({"config": Command(), "model": Command()}, file)
+    with pytest.raises(BadInput, match=f"{file} is not a "):
+        if file == "checkpoint.pt":
+            eval.load_run(own_run)
+        elif file == "resume.pt":
+            run_train(small, "--out", own_run)
+        else:
+            run_train(small, "--clip", file, "--out", tmp_path / "other")
+    assert not Path("written").exists()
+
+
+def test_a_folder_of_ones_own_has_new_classes_and_h(eurosat, run_train, run_eval, tmp_path, small):
+    """Its runs know it by its path, a table by its name."""
+    clip = small.split("--clip")[1]
+    own = f"--dataset {eurosat / 'eurosat/2750'} --clip {clip} --classes base"
+    run_train(f"{own} --shots 1 --epochs 1 --views 1")
+    assert run_eval(tmp_path / "run", "--classes", "new")[0] == 0
+    _, lines, _ = run_eval("--table", tmp_path)
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    row = dict(zip(head, next(row for row in rows if "mocoop" in "".join(row))))
+    assert row["dataset"] == "2750" and float(row["new"]) > 0 and float(row["H"]) > 0
 
 
 def test_what_is_no_run_is_refused(own_run, tmp_path):

@@ -12,6 +12,8 @@ from lib.catalogue import DATASETS
 from lib.errors import BadInput
 from lib.runs import run_label
 from lib.settings import dashed, defaults_of, settings_parser
+from lib.world import SHAPES
+from prompts import token_ids
 
 # ------------------------------------------------------------------------------------- methods
 
@@ -90,6 +92,14 @@ def test_numbers_have_the_kind_of_their_default():
 
 
 # -------------------------------------------------------------------------------- from Python
+
+
+@pytest.mark.parametrize("chunk", [7, 20])
+def test_the_chunk_of_the_command_line_is_the_encoders(chunk, random_clip):
+    sentences = [[[49406, *token_ids(f"a red {name}"), 49407] for name in SHAPES]]
+    encoder = train.text_encoder_of(config_of("--chunk", chunk))(random_clip, sentences)
+    sizes = [len(batch.sentence) for batch in encoder.batches]
+    assert sum(sizes) == len(SHAPES) and len(sizes) == -(-len(SHAPES) // chunk)
 
 
 def test_from_python_settings_are_those_of_the_command_line():
