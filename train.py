@@ -235,8 +235,6 @@ class ConditionalMoCoOp(MoCoOp):
         )
 
     def text_features(self, class_names=None, image_features=None):
-        if image_features is None:
-            raise ValueError("with --conditional text features need image_features")
         return self.prompts.text_features(class_names, self.text_bias, self.shift(image_features))
 
 

@@ -11,8 +11,8 @@ from zipfile import ZipFile
 
 import torch
 
-from lib.download import alone, download, file_sha256, hub_url, one_line
-from lib.errors import BadInput, finite, nearest, out_of_memory, say
+from lib.download import alone, download, file_sha256, hub_url
+from lib.errors import BadInput, finite, nearest, one_line, out_of_memory, say
 from lib.files import read_torch_file, writable_folder
 
 TINY_CLIP = Path(__file__).parents[1] / "assets" / "tiny_clip.pt"  # the built-in world's

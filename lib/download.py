@@ -18,7 +18,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from lib.errors import BadInput, say
+from lib.errors import BadInput, one_line, say
 from lib.files import writable_folder
 
 try:
@@ -158,11 +158,6 @@ def _open(url, start, seconds):
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-def one_line(error):
-    """What an exception says, on one line, not longer than what a reader would read."""
-    return " ".join((str(error) or repr(error)).strip("<>").split())[:200]
 
 
 def file_sha256(path):

@@ -62,6 +62,11 @@ def exit_on_bad_input(main, *kinds):
         sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
 
 
+def one_line(error):
+    """What an exception says, on one line, not longer than what a reader would read."""
+    return " ".join((str(error) or repr(error)).strip("<>").split())[:200]
+
+
 def out_of_memory(error):
     """Whether an exception means that a GPU or the computer has run out of memory. torch has an
     exception class for one case; the others only show in the message."""

@@ -29,7 +29,7 @@ class Block:
     Raises ValueError if parameters other than the LayerNorms' require gradients.
     """
 
-    def __init__(self, block, dtype, factor=QUICK_GELU):
+    def __init__(self, block, dtype):
         """block: a `clip.model.ResidualAttentionBlock`. dtype: of the matrix products."""
 
         def frozen(layer, names, factor=1.0):
@@ -43,8 +43,9 @@ class Block:
         self.norm_1, self.norm_2 = block.ln_1, block.ln_2  # clip's own, as they may be trained
         self.qkv_weight, self.qkv_bias = frozen(attention, ["in_proj_weight", "in_proj_bias"])
         self.out = frozen(attention.out_proj, ["weight", "bias"])
-        self.up = frozen(mlp.c_fc, ["weight", "bias"], factor)
-        self.down = frozen(mlp.c_proj, ["weight"], 1 / factor) + frozen(mlp.c_proj, ["bias"])
+        self.up = frozen(mlp.c_fc, ["weight", "bias"], QUICK_GELU)
+        down = mlp.c_proj
+        self.down = frozen(down, ["weight"], 1 / QUICK_GELU) + frozen(down, ["bias"])
 
     def queries_keys_values(self, x):
         """x (..., W) -> q, k, v, each (..., W), in one (..., 3 W)."""
@@ -61,10 +62,8 @@ class Block:
         -> (..., W). Without gradients, x is overwritten."""
         x = _plus(x, F.linear(attended, *self.out))
         hidden = F.linear(self.norm_2(x).to(self.dtype), *self.up)
-        return _plus(x, F.linear(self.activation(hidden), *self.down))
-
-    def activation(self, hidden):
-        return F.silu(hidden, inplace=not hidden.requires_grad)
+        hidden = F.silu(hidden, inplace=not hidden.requires_grad)
+        return _plus(x, F.linear(hidden, *self.down))
 
     def first_positions(self, x):
         """The block's output at only the first position of each row: (R, L, W) -> (R, W)."""

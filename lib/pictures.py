@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from lib.errors import BadInput, say, warn
+from lib.errors import BadInput, one_line, say, warn
 from lib.files import replacing
 from lib.results import accuracies, mean_std
 
@@ -29,8 +29,7 @@ def matplotlib_defaults():
     except BadInput:
         raise
     except Exception as error:  # of any kind: a failed picture must not lose a result
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"cannot draw: {reason}") from error
+        raise BadInput(f"cannot draw: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -52,9 +51,9 @@ def new_figure(width, height, down=1, across=1):
     return figure, figure.subplots(down, across, squeeze=False)
 
 
-def save_figure(figure, path, dpi=120):
+def save_figure(figure, path):
     with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=dpi, format="png")
+        figure.savefig(scratch, dpi=120, format="png")
 
 
 @optional("the router's picture")
@@ -99,7 +98,7 @@ def samples_picture(images, titles, path):
     for axes, image, (title, right) in zip(grid.flat, images, titles):
         axes.imshow(image)
         axes.set_title(title, fontsize=8, loc="left", color="black" if right else "firebrick")
-    save_figure(figure, path, dpi=110)
+    save_figure(figure, path)
 
 
 @matplotlib_defaults()

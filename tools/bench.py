@@ -2,7 +2,6 @@
 
     python -m tools.bench                        # every table, about ten minutes on two cores
     python -m tools.bench eurosat --repeats 9    # one of them
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m tools.bench ucf101     # the fast row, split
 
 Three tables compare ways to compute the same step, at the sizes of three datasets:
 
@@ -153,12 +152,11 @@ def seconds(action):
 
 
 def print_table(table, device, repeats):
-    """Measures the rows of a table in turn; under torchrun, the fast one alone."""
+    """Measures the rows of a table in turn."""
     clip_model = clip_of(table, device)
     pixels = clip_model.visual.input_resolution
     images = torch.randn(BATCH, 3, pixels, pixels, device=device)
-    rows = ROWS[table] if parallel.world() == 1 else ["fast"]
-    actions = [make_action(row, table, clip_model, images) for row in rows]
+    actions = [make_action(row, table, clip_model, images) for row in ROWS[table]]
     pairs = [(action, Products(action)) for action in actions]
     times = []  # (repeats, rows, 2)
     for _ in range(repeats):
@@ -166,7 +164,7 @@ def print_table(table, device, repeats):
     medians = torch.tensor(times).median(dim=0).values.tolist()
     print(f"\n| {table} | ms | images per second | faster | of the machine's rate |")
     print("| --- | --- | --- | --- | --- |")
-    for row, (took, products) in zip(rows, medians):
+    for row, (took, products) in zip(ROWS[table], medians):
         speed = f"{1000 * took:,.1f} | {BATCH / took:,.1f} | {medians[0][0] / took:.1f} x"
         print(f"| {row} | {speed} | {products / took:.0%} |")
 
@@ -178,11 +176,9 @@ def main():
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args()
     device = parallel.choose_device(args.device)
-    parallel.join(device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     for table in args.tables or ROWS:
         print_table(table, device, args.repeats)
-    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from lib.errors import BadInput, exit_on_bad_input
 from lib.pictures import draw_pictures
 from lib.results import accuracies, cell, harmonic_mean, markdown, mean_std, runs_table
 from lib.runs import find_runs
-from lib.settings import Parser, dashed
+from lib.settings import Parser, as_words
 from lib.start import n_threads
 from lib.world import DATASETS, TASKS, class_names
 from prompts import PromptError
@@ -346,23 +346,13 @@ def ablation_table(r):
         if run["method"] == "mocoop" and run["dataset"] == "shapes"
     }
     rows = {
-        (f"`{command_line(settings)}`",): label
+        (f"`{' '.join(as_words(settings))}`".replace(".0`", "`"),): label
         for label, settings in changed.items()
         if settings and not settings.keys() & {"lr", *APART}
     }
     rows = dict(sorted(rows.items(), key=lambda row: np.mean([*effect(row[1], "all").values()])))
     columns = *MEASURES, "shapes_sketch", "shapes_r"
     return grid(["less the published setting"], rows, columns, effect, "+")
-
-
-def command_line(settings):
-    """Settings as they are passed to train.py."""
-    words = []
-    for name, value in settings.items():
-        words.append(dashed(name))
-        if value is not True:
-            words.append(str(value).removesuffix(".0"))
-    return " ".join(words)
 
 
 def names_table(r):
