@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -114,27 +113,6 @@ def test_a_view_is_what_torchvisions_transforms_draw_from_a_generator_with_its_s
             state = torch.get_rng_state()
             assert close(loaded(photos, item.path, view), expected)
             assert torch.equal(torch.get_rng_state(), state)  # nothing of the run's own draws
-
-
-def test_images_are_loaded_by_threads_one_batch_ahead(monkeypatch):
-    loaded, threads = [], set()
-
-    def load(split, i, view, size):
-        loaded.append(i)
-        threads.add(threading.current_thread())
-        return i
-
-    monkeypatch.setattr(features, "load_image", load)
-    batches = [[(i, None) for i in range(n, n + 4)] for n in (0, 4, 8)]
-    folder = SimpleNamespace(folder=Path("photos"))
-    stream = features._images_ahead(folder, batches, 32)
-    assert next(stream) == [0, 1, 2, 3]
-    while len(loaded) < 8:
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert sorted(loaded) == list(range(8))  # the second batch, and no more
-    assert list(stream) == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    assert threading.main_thread() not in threads
 
 
 # --------------------------------------------------------------------------------- the cache

@@ -295,15 +295,6 @@ def test_a_new_mixture_shows_in_every_picture(figures, tmp_path):
     assert "balanced" in lines(figures["few_shot.png"])
 
 
-def test_datasets_are_drawn_apart(figures, tmp_path):
-    runs = [run(shots=shots) for shots in (8, 16)]
-    other = [(result | {"dataset": "dtd", "accuracy": 40.0}, []) for result, _ in runs]
-    pictures.draw_pictures(runs + other, tmp_path)
-    assert {"dtd_few_shot.png", "eurosat_few_shot.png", "dtd_router.png"} <= figures.keys()
-    assert lines(figures["dtd_few_shot.png"])["mocoop"][1] == [40.0, 40.0]
-    assert lines(figures["eurosat_few_shot.png"])["mocoop"][1] == [80.0, 80.0]
-
-
 def test_pictures_are_files_and_nothing_is_drawn_of_nothing(tmp_path, capsys):
     with pytest.raises(BadInput, match="nothing to draw below"):
         pictures.draw_pictures([run(epochs=1)], tmp_path)  # not the method's own settings
