@@ -31,11 +31,12 @@ from lib.features import attach, image_features, photo_features
 from lib.files import read_lines, read_torch_file, save_json
 from lib.parallel import choose_device
 from lib.runs import CHECKPOINT, find_runs, read_result
-from lib.settings import Parser, as_words, settings_parser
+from lib.settings import Parser, as_words, given_settings
 from prompts import PromptError, check_apart, known_tokens, template_features, words_of
 from train import (
     BASELINES,
     CLASSES,
+    METHODS,
     PROBES,
     SETTINGS,
     complete,
@@ -115,10 +116,12 @@ def load_run(folder, clip=None, device=None):
             raise BadInput(f"{folder} holds no finished run (no {name})")
     file = folder / "checkpoint.pt"
     stored = read_torch_file(file, "checkpoint of a run", CHECKPOINT)
+    if (method := stored["config"].get("method")) not in METHODS:
+        raise BadInput(f"{folder} is a run of {method}, which only its own program can load")
     names, groups, fingerprint = (stored[k] for k in ("class_names", "groups", "clip_fingerprint"))
     # Settings that were added after the run was made get their defaults.
     words = as_words(stored["config"])
-    config, _ = complete(vars(settings_parser(SETTINGS, None).parse_args(words)))
+    config, _ = complete(given_settings(SETTINGS, None, words))
     for name, path in (("CLIP", clip or config["clip"]), ("dataset", config["dataset"])):
         if os.path.isabs(path):
             say(f"the {name} of {folder} is {path}")

@@ -104,6 +104,15 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
     Raises PromptError for a template without {}, a sentence that is too long, a word without an
     embedding, and features that are not finite.
     """
+    sentences = hard_sentences(clip_model, templates, class_names)
+    features = F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
+    if not (features.norm(dim=-1) > 0.5).all():  # they are 1, unless a feature is 0 or NaN
+        raise PromptError("CLIP's text features are not finite numbers: are its weights damaged?")
+    return features
+
+
+def hard_sentences(clip_model, templates, class_names):
+    """The ids of every template with every class name, for a text encoder: [template][class]."""
     known = known_tokens(clip_model)
 
     def read(template, name):
@@ -114,11 +123,7 @@ def template_features(clip_model, templates, class_names, text_encoder=TextEncod
         check_words(known, ids, sentence)
         return ids
 
-    sentences = [[read(template, name) for name in class_names] for template in templates]
-    features = F.normalize(text_encoder(clip_model, sentences)(), dim=-1)
-    if not (features.norm(dim=-1) > 0.5).all():  # they are 1, unless a feature is 0 or NaN
-        raise PromptError("CLIP's text features are not finite numbers: are its weights damaged?")
-    return features
+    return [[read(template, name) for name in class_names] for template in templates]
 
 
 def hard_prototypes(features, groups):

@@ -40,7 +40,7 @@ from lib.fast_text import FastTextEncoder
 from lib.features import attach, content_of, image_features, learnable_part, training_features
 from lib.files import full_path
 from lib.pictures import router_picture
-from lib.settings import as_words, dashed, defaults_of, settings_parser
+from lib.settings import as_words, dashed, defaults_of, given_settings
 from losses import TEXT_LOSSES, gate_loss, image_loss
 from prompts import HardText, PromptError, SoftPrompts, TextEncoder, hard_text, template_features
 from router import GATE_TARGETS, ROUTERS, mixed_logits
@@ -293,6 +293,13 @@ def learning_rate(lr, epoch, epochs, warm_up):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / epochs))
 
 
+def shuffled(n, batch_size, rng):
+    """The indices of n images in random order, a tensor for each batch. An incomplete batch counts
+    only if it is alone."""
+    order = torch.randperm(n, generator=rng)
+    return order.split(batch_size)[: max(1, n // batch_size)]
+
+
 def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, state=None):
     """Trains `model` in place. Returns the seconds it took, including those before a resume, and
     the share of each prompt in every epoch.
@@ -315,20 +322,18 @@ def fit(model, images, labels, hard, seen=slice(None), save=lambda state: None, 
     )
     learned = model, optimiser, order_rng
     done, seconds, usage = runs.restore(state, *learned)
-    n_batches = max(1, len(labels) // batch_size)  # an incomplete one counts only if it is alone
     start = time.time() - seconds  # include the time before an interruption
     model.train()
     for epoch in range(done, config["epochs"]):
         schedule = epoch, config["epochs"], config["warm_up"]
         for part in optimiser.param_groups:
             part["lr"] = learning_rate(config["lr"] * part["factor"], *schedule)
-        order = torch.randperm(len(labels), generator=order_rng)
+        batches = shuffled(len(labels), batch_size, order_rng)
         views = torch.randint(images.n_views, (len(labels),), generator=order_rng)
-        batches = order.split(batch_size)[:n_batches]
-        batch_labels = labels[order.to(labels.device)].split(batch_size)[:n_batches]
+        batch_labels = labels[torch.cat(batches).to(labels.device)].split(batch_size)
         history, used = [], 0
         steps = zip(images.batches(batches, views, epoch), batch_labels)
-        for f, y in tqdm(steps, total=n_batches, leave=False, disable=None):  # (B, D), (B,)
+        for f, y in tqdm(steps, total=len(batches), leave=False, disable=None):  # (B, D), (B,)
             outputs = model(f, seen)
             losses = compute_losses(model, f, y, outputs, hard, seen)
             total = sum(weight * value for weight, value in losses.values())
@@ -546,13 +551,8 @@ def configure(arguments=None):
     settings with the defaults of the chosen method, and exits.
     Raises BadInput for settings that are unknown or have no effect.
     """
-    parser = settings_parser(SETTINGS, __doc__)
-    given = vars(parser.parse_args(arguments))
+    given = given_settings(SETTINGS, __doc__, arguments, lambda given: complete(given)[1])
     config, defaults = complete(given)
-    if config.pop("help", False):
-        parser.set_defaults(**defaults_of(*SETTINGS.values()) | defaults)
-        parser.print_help()
-        parser.exit()
     resume = config.pop("resume")
     config["data"] = str(Path(config["data"]).resolve())
     config["clip"] = full_path(config["clip"], but=["bundled"])

@@ -402,15 +402,25 @@ class LiveImages:
     def __init__(self, clip_model, split):
         print("the image encoder learns, too: images are encoded in every step")
         self.clip_model, self.split = clip_model, split
+        self.dtype = parallel.mixed_dtype(clip_model.logit_scale.device)
 
     def batches(self, batches, views, epoch):
         """As `CachedImages.batches`. The epoch is the number of the view."""
-        size, device = self.clip_model.visual.input_resolution, self.clip_model.logit_scale.device
-        view, dtype = None if self.split.folder is None else epoch, parallel.mixed_dtype(device)
-        paths = [[(self.split.train[i].path, view) for i in batch.tolist()] for batch in batches]
-        for loaded in _images_ahead(self.split, paths, size):
-            features = encode_images(self.clip_model, as_clip_reads(loaded, device), dtype)
-            yield F.normalize(features, dim=-1)
+        for pixels in pixel_batches(self.clip_model, self.split, "train", batches, epoch):
+            yield self.encode(pixels)
+
+    def encode(self, pixels):
+        return F.normalize(encode_images(self.clip_model, pixels, self.dtype), dim=-1)
+
+
+def pixel_batches(clip_model, split, part, batches, view=None):
+    """Yields the images (B, 3, H, W) of each batch, as CLIP reads them. part: `train`, `val` or
+    `test`. batches: indices of its images. view: the number of a random crop; None, and for drawn
+    images, the test transform."""
+    view = None if split.folder is None else view
+    paths = [[(getattr(split, part)[i].path, view) for i in batch.tolist()] for batch in batches]
+    for loaded in _images_ahead(split, paths, clip_model.visual.input_resolution):
+        yield as_clip_reads(loaded, clip_model.logit_scale.device)
 
 
 # ---------------------------------------------------------------- learning in the image encoder

@@ -29,7 +29,7 @@ def choose_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda"):  # one for each process of torchrun
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        elif device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        elif device.type == "cuda" and processes() > 1:
             raise BadInput("torchrun gives each process a GPU of its own: --device cuda, no number")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -49,6 +49,17 @@ def mixed_dtype(device):
     return torch.float32
 
 
+def processes():
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_alone():
+    """Raises BadInput under torchrun, for a program that does not split its work."""
+    if processes() > 1:
+        raise BadInput("this program runs in one process: start it without torchrun")
+
+
 def rank():
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -61,7 +72,7 @@ def world():
 
 def join(device):
     """Joins the processes of torchrun, if there are any. From then on only the first prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if processes() == 1 or dist.is_initialized():
         return
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -61,9 +61,10 @@ def defaults_of(*sections):
     return {name: row[0] for rows in sections for name, row in rows.items()}
 
 
-def settings_parser(table, description):
-    """The parser of a table of settings. It returns only what a command line gives, including
-    `help`, so that the program can print the defaults that follow from the other words."""
+def given_settings(table, description, arguments=None, defaults=dict):
+    """{setting: value} of what a command line gives, by a table of settings. arguments: a list of
+    words, or None for the program's own. `--help` prints the settings and exits. defaults: a
+    function of what is given that returns the defaults that follow from it. Raises BadInput."""
     parser = Parser(description, add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
     for section, rows in table.items():
@@ -77,7 +78,12 @@ def settings_parser(table, description):
             elif allowed:
                 options["choices"] = allowed() if callable(allowed) else allowed
             add(dashed(name), help=text, **options)
-    return parser
+    given = vars(parser.parse_args(arguments))
+    if given.pop("help", False):
+        parser.set_defaults(**defaults_of(*table.values()) | defaults(given))
+        parser.print_help()
+        parser.exit()
+    return given
 
 
 def as_words(given):

@@ -11,7 +11,7 @@ import train
 from lib.catalogue import DATASETS
 from lib.errors import BadInput
 from lib.runs import run_label
-from lib.settings import dashed, defaults_of, settings_parser
+from lib.settings import dashed, defaults_of, given_settings
 from lib.world import SHAPES
 from prompts import token_ids
 
@@ -87,8 +87,8 @@ def test_help_shows_the_defaults_of_the_method_that_is_named(words, capsys):
 def test_numbers_have_the_kind_of_their_default():
     rows = {"a": (0.0, 0, ""), "b": (None, 1, ""), "c": (2, 0, ""), "d": (1.5, 1e-9, "")}
     words = ["--a=0.5", "--b=3", "--c=1", "--d=2"]
-    parsed = settings_parser({"losses": rows}, None).parse_args(words)
-    assert [type(value) for value in vars(parsed).values()] == [float, int, int, float]
+    parsed = given_settings({"losses": rows}, None, words)
+    assert [type(value) for value in parsed.values()] == [float, int, int, float]
 
 
 # -------------------------------------------------------------------------------- from Python

@@ -1,0 +1,84 @@
+"""Methods that no row of `train.METHODS` describes, each in one file on top of the six.
+
+    python -m forks.pfedmoap         # clients that exchange prompts but no images
+    python -m forks.dpl              # deep prompts of searched lengths in both encoders
+
+Here is what they share: a command line with settings of their own, and a run from its folder to its
+files. A fork runs in one process and cannot be resumed. `eval.py --table` reads its results.
+"""
+
+import time
+from pathlib import Path
+
+from lib import parallel, results, runs
+from lib.catalogue import row_of
+from lib.errors import exit_on_bad_input
+from lib.settings import defaults_of, given_settings
+from prompts import PromptError
+from train import SETTINGS, default_config, load_task, zero_shot_and_ensemble
+
+SHARED = {"task": ("dataset", "shots", "seed", "clip"), "machine": ("data", "device", "out")}
+
+
+def configure(method, own, world, description, arguments=None):
+    """(config, defaults of the fork's settings), from a command line. config: CoOp's, as in
+    `train.default_config`, with the fork's settings on top.
+
+    own: the fork's table, as in `train.SETTINGS`. world: its defaults that differ in the built-in
+    world. description: its docstring. arguments: a list of words, or None for the program's own.
+    Raises BadInput.
+    """
+    table = {section: {k: SETTINGS[section][k] for k in names} for section, names in SHARED.items()}
+
+    def published(given):
+        drawn = row_of(given.get("dataset", "shapes")).layout == "world"
+        return defaults_of(own) | (world if drawn else {})
+
+    given = given_settings(table | {method: own}, description, arguments, published)
+    config = default_config(method="coop", **{k: v for k, v in given.items() if k not in own})
+    defaults, out = published(given), given.get("out")
+    config |= defaults | {k: v for k, v in given.items() if k in own} | {"method": method}
+    changed = runs.changed_settings(config, defaults)
+    config["out"] = str(runs.run_folder(config | {"out": out}, changed))
+    return config, defaults
+
+
+def run(config, defaults, learn):
+    """A run, from its configuration to `checkpoint.pt` and `result.json`. Returns its result.
+
+    learn: a function of a `train.Task` that returns what it has measured, as in `result.json`, and
+    what it has learned, tensors.
+    """
+    parallel.check_alone()
+    folder, changed = Path(config["out"]), runs.changed_settings(config, defaults)
+    with runs.open_run(folder, config, False, defaults):
+        task = load_task(config, parallel.choose_device(config["device"]))
+        split, features = task.split, task.features("test")
+        about = split.dataset, task.names, task.hard.features, config
+        untrained = zero_shot_and_ensemble(task.clip_model, *about).values()
+        before = [results.accuracy_on(model, split, "test", features) for model in untrained]
+        print("before training: zero-shot {:.2f} %, ensemble {:.2f} %".format(*before))
+        began = time.time()
+        measured, learned = learn(task)
+        about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
+        label = {"label": runs.run_label(config["method"], changed), "changed_flags": changed}
+        result = {key: config[key] for key in ("shots", "seed", "method", "clip")} | {
+            "dataset": split.name,
+            "classes": "all",
+            "n_prompts": 0,
+            "prompt_usage": {},
+            "router": {"rows": [], "share": []},
+            "class_names": task.names,
+            "n_test": len(split.test),
+            **dict(zip(("zero_shot_accuracy", "ensemble_accuracy"), before)),
+            "train_seconds": round(time.time() - began, 2),
+        }
+        result |= measured | label | about
+        checkpoint = {"class_names": task.names, "model": learned} | about
+        runs.publish(folder, checkpoint, result, defaults, lambda path: None)
+    return result
+
+
+def main(method, own, world, description, learn):
+    """The program of a fork. Arguments: as in `configure` and `run`."""
+    exit_on_bad_input(lambda: run(*configure(method, own, world, description), learn), PromptError)
