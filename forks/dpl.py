@@ -85,12 +85,11 @@ class Contexts(nn.Module):
         blocks = zip(blocks_of(*self.transformer, dtype), self.vectors, self.lengths, weights)
         for block, vectors, lengths, weight in blocks:
             # Of the M vectors of candidate n, every token sees the first n.
-            absent = torch.arange(vectors.shape[1]) >= lengths[:, None, None]  # (K, 1, M)
-            absent = torch.zeros(absent.shape).masked_fill(absent, -torch.inf).to(x.device)
-            see = torch.cat(
-                [part.expand(len(vectors), len(mask), -1) for part in (mask, absent)], dim=-1
-            )
-            x = checkpoint(_block, block, x, vectors, weight, see.to(dtype), use_reentrant=False)
+            places = torch.arange(vectors.shape[1])
+            seen = torch.where(places < lengths[:, None, None], 0.0, -torch.inf).to(x.device)
+            see = [part.expand(len(vectors), len(mask), -1) for part in (mask, seen)]
+            see = torch.cat(see, dim=-1).to(dtype)  # (K, L, L + M)
+            x = checkpoint(_block, block, x, vectors, weight, see, use_reentrant=False)
         return x
 
 

@@ -9,7 +9,10 @@ from conftest import HERE
 
 ROOT = HERE.parent
 SCRIPTS = {"prompts", "router", "losses", "data", "train", "eval"}
-FILES = [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("tools/*.py")]
+FILES = [
+    *ROOT.glob("*.py"),
+    *(f for of in ("lib", "tools", "forks") for f in ROOT.glob(f"{of}/*.py")),
+]
 
 
 def imports(file):
@@ -29,11 +32,12 @@ IMPORTS = {".".join(f.relative_to(ROOT).with_suffix("").parts): imports(f) for f
 OURS = {name: found & IMPORTS.keys() - {name} for name, found in IMPORTS.items()}
 
 
-def test_lib_imports_no_script_and_only_tests_import_tools():
+def test_lib_imports_no_script_and_only_tests_import_tools_and_forks():
     assert OURS.keys() >= SCRIPTS
     for name, others in OURS.items():
         assert not name.startswith("lib.") or not others & SCRIPTS, name
-        assert name.startswith("tools.") or not any(o.startswith("tools.") for o in others), name
+        for apart in ("tools", "forks"):
+            assert name.startswith(apart) or not any(o.startswith(apart) for o in others), name
 
 
 @pytest.mark.parametrize("name", ["prompts", "router", "losses"])
