@@ -25,8 +25,8 @@ def configure(method, own, world, description, arguments=None):
     `train.default_config`, with the fork's settings on top.
 
     own: the fork's table, as in `train.SETTINGS`. world: its defaults that differ in the built-in
-    world. description: its docstring. arguments: a list of words, or None for the program's own.
-    Raises BadInput.
+    world. description: the fork's docstring. arguments: a list of words, or None for the program's
+    own. Raises BadInput.
     """
     table = {section: {k: SETTINGS[section][k] for k in names} for section, names in SHARED.items()}
 
@@ -46,8 +46,9 @@ def configure(method, own, world, description, arguments=None):
 def run(config, defaults, learn):
     """A run, from its configuration to `checkpoint.pt` and `result.json`. Returns its result.
 
-    learn: a function of a `train.Task` that returns what it has measured, as in `result.json`, and
-    what it has learned, tensors.
+    learn: a function of a `train.Task`. It returns a dictionary for `result.json`, which has at
+    least `accuracy` in percent, and a dictionary of tensors for the checkpoint. `train_seconds` is
+    its time.
     """
     parallel.check_alone()
     folder, changed = Path(config["out"]), runs.changed_settings(config, defaults)
@@ -69,7 +70,9 @@ def run(config, defaults, learn):
             "prompt_usage": {},
             "router": {"rows": [], "share": []},
             "class_names": task.names,
+            "n_train": len(split.train),
             "n_test": len(split.test),
+            "few_shot_samples": split.samples,
             **dict(zip(("zero_shot_accuracy", "ensemble_accuracy"), before)),
             "train_seconds": round(time.time() - began, 2),
         }

@@ -150,11 +150,8 @@ def federate(kind, model, images, labels, test):
     model: a fresh `Client`. images, labels: as in `train_client`. test: features and labels of each
     client's test images.
     """
-    c, n = model.config, model.config["clients"]
-    own, rng = (
-        deal(labels, len(model.prompts.class_names), n),
-        torch.Generator().manual_seed(c["seed"]),
-    )
+    c, n, n_classes = model.config, model.config["clients"], len(model.prompts.class_names)
+    own, rng = deal(labels, n_classes, n), torch.Generator().manual_seed(c["seed"])
     share = torch.tensor([len(indices) / len(labels) for indices in own], device=labels.device)
     state = parameters_to_vector(model.parameters()).detach().repeat(n, 1)
     prompt = slice(sum(p.numel() for p in model.prompts.parameters()))  # the part that is sent
@@ -198,17 +195,17 @@ def learn(task):
     if f.shape[1] % width or width % c["heads"]:
         raise BadInput(f"--width {width} must divide {f.shape[1]}, and --heads must divide it")
     test = [(f[i], labels[i]) for i in deal(labels, n_classes, n)]
-    clip_model, live = task.clip_model, False
-    images = training_features(clip_model, task.fingerprint, task.split, c["views"], live)
+    clip = task.clip_model, task.fingerprint
+    images = training_features(*clip, task.split, c["views"], live=False)
     percents, learned = {}, {}
     for kind in KINDS:
         torch.manual_seed(c["seed"])
-        model = Client(clip_model, task.names, c).to(f.device)
+        model = Client(task.clip_model, task.names, c).to(f.device)
         percents[kind], learned[kind] = federate(kind, model, images, task.labels("train"), test)
     clients = [[i, *of] for i, of in enumerate(zip(*percents.values()))]
     means = [mean(of) for of in percents.values()]
     print(markdown([["client", *percents], *clients, ["mean", *means]]))
-    classes = f"all, by {n} clients"  # a task of its own in a table
+    classes = f"all, by {n} clients"  # so that tables keep it apart from other runs on all classes
     return {"classes": classes, "accuracy": means[-1], "clients": percents}, learned
 
 
