@@ -116,11 +116,11 @@ def load_run(folder, clip=None, device=None):
             raise BadInput(f"{folder} holds no finished run (no {name})")
     file = folder / "checkpoint.pt"
     stored = read_torch_file(file, "checkpoint of a run", CHECKPOINT)
-    if (method := stored["config"].get("method")) not in METHODS:
+    if (method := str(stored["config"].get("method"))) not in METHODS:
         raise BadInput(f"{folder} is a run of {method}, which only its own program can load")
     names, groups, fingerprint = (stored[k] for k in ("class_names", "groups", "clip_fingerprint"))
     # Settings that were added after the run was made get their defaults.
-    words = as_words(stored["config"])
+    words = as_words(stored["config"] | {"help": None})
     config, _ = complete(given_settings(SETTINGS, None, words))
     for name, path in (("CLIP", clip or config["clip"]), ("dataset", config["dataset"])):
         if os.path.isabs(path):
@@ -135,10 +135,10 @@ def load_run(folder, clip=None, device=None):
         if config["method"] in BASELINES:
             model = ClassVectors(names, torch.empty_like(stored["model"]["weight"]))
         else:
-            model = make_model(clip_model, groups, stored.get("prompt_names", names), config)
+            model = make_model(clip_model, groups, stored.get("prompt_names") or names, config)
             attach(clip_model, model.image_side)
         model.load_state_dict(stored["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadInput(f"{file} does not fit the run it names") from error
     model = model.to(clip_model.logit_scale.device).eval()
     return Run(config, groups, names, model, clip_model, fingerprint)

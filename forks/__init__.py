@@ -13,6 +13,7 @@ from pathlib import Path
 from lib import parallel, results, runs
 from lib.catalogue import row_of
 from lib.errors import exit_on_bad_input
+from lib.features import content_of
 from lib.settings import defaults_of, given_settings
 from prompts import PromptError
 from train import SETTINGS, default_config, load_task, zero_shot_and_ensemble
@@ -59,9 +60,12 @@ def run(config, defaults, learn):
         untrained = zero_shot_and_ensemble(task.clip_model, *about).values()
         before = [results.accuracy_on(model, split, "test", features) for model in untrained]
         print("before training: zero-shot {:.2f} %, ensemble {:.2f} %".format(*before))
+        parts = [task.groups, task.fingerprint, task.names, content_of(split)]
+        made_of = runs.check_content(folder, parts)
         began = time.time()
         measured, learned = learn(task)
         about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
+        about["made_of"] = made_of
         label = {"label": runs.run_label(config["method"], changed), "changed_flags": changed}
         result = {key: config[key] for key in ("shots", "seed", "method", "clip")} | {
             "dataset": split.name,

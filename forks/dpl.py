@@ -41,7 +41,7 @@ from forks import main
 from lib import parallel, results
 from lib.baselines import ClassVectors
 from lib.catalogue import IMAGENET, all_templates
-from lib.errors import BadInput
+from lib.errors import BadInput, finite
 from lib.fast_clip import blocks_of, image_tokens
 from lib.features import LiveImages, pixel_batches
 from prompts import hard_sentences
@@ -190,7 +190,7 @@ def search(model, task, images):
         val_loss, loss = losses
         where = f"search  epoch {epoch + 1:3d}/{c['search_epochs']}  lr {rate:.5f}"
         print(f"{where}  loss {loss:.3f}, on val images {val_loss:.3f}", flush=True)
-    return [part.argmax(dim=-1).tolist() for part in alpha]
+    return [finite(part, "alpha").argmax(dim=-1).tolist() for part in alpha]
 
 
 def learn(task):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from forks import main
-from lib.errors import BadInput
+from lib.errors import BadInput, finite
 from lib.features import training_features
 from lib.results import accuracy, markdown
 from prompts import SoftPrompts
@@ -171,7 +171,7 @@ def federate(kind, model, images, labels, test):
             experts = [pool(texts[choose_experts(i, *how)], c["width"]) for i in range(n)]
         for i in range(n):
             train_client(load(begin[i]), experts[i], images, labels, own[i], rng)
-            state[i] = parameters_to_vector(model.parameters()).detach()
+            state[i] = finite(parameters_to_vector(model.parameters()).detach(), "the parameters")
         if kind == "averaged":
             state[:, prompt] = share @ state[:, prompt]
         with torch.no_grad():

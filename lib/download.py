@@ -49,6 +49,8 @@ def download(urls, path, way_out, sha256=None, copies=1):
     BadInput.
     """
     part = path.with_name(f"{path.name}.part")
+    if part.is_symlink():  # what it leads to would be overwritten
+        part.unlink()
     failures = []
     for url in urls:
         reason = None
@@ -253,7 +255,7 @@ def alone(path):
         yield
         return
     while True:
-        file = open(path, "w")  # noqa: SIM115
+        file = open(path, "a")  # noqa: SIM115, "a": it may be a link
         with contextlib.suppress(OSError):  # some network disks have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):

@@ -42,7 +42,7 @@ from lib.fast_clip import encode_images
 from lib.files import replacing
 from lib.photos import open_photo
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mocoop"
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "mocoop")
 ENCODING = 2  # part of every cache key: raise it with any change to how features are computed
 BATCH = {"cpu": 32, "cuda": 256}  # images in one pass of the encoder
 SAVE_EVERY = 30  # seconds; checked after each batch, so features are saved once a minute at least

@@ -106,6 +106,8 @@ def fits(value, kind):
         return isinstance(value, dict) and all(fits(value.get(k), of) for k, of in kind.items())
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if kind is dict and isinstance(value, dict):
+        return all(isinstance(key, str) for key in value)
     if isinstance(kind, type):
         return isinstance(value, kind)
     if isinstance(kind, (int, float)):

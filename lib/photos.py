@@ -29,11 +29,11 @@ def open_photo(photo, as_coop=False):
     """
     if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.shape[2:] == (3,):
         photo = Image.fromarray(photo)
-    if isinstance(photo, Image.Image):
-        return upright_rgb(photo)
-    if not isinstance(photo, (str, os.PathLike)):
+    if not isinstance(photo, (Image.Image, str, os.PathLike)):
         raise TypeError(f"not a path, PIL image or array (H, W, 3) of uint8: {type(photo)}")
     try:
+        if isinstance(photo, Image.Image):
+            return upright_rgb(photo)
         with Image.open(existing(photo), formats=list(filter(Image.OPEN.get, FORMATS))) as image:
             return image.convert("RGB") if as_coop else upright_rgb(image)
     except Exception as error:  # Pillow may raise anything on damaged bytes
@@ -53,6 +53,8 @@ def upright_rgb(image):
     except Exception as error:
         if out_of_memory(error):
             raise
+    if not min(image.size):
+        raise ValueError("it has no pixels")
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
         known = np.isfinite(pixels) & (abs(pixels) < 1e30) & ~np.isin(pixels, NO_DATA)

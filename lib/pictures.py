@@ -152,7 +152,9 @@ def few_shot_figure(runs):
     figure, [[axes]] = new_figure(7, 4.6)
     for (method, line), (marker, style) in zip(sorted(lines.items()), LINES):
         if 0 in line:  # CLIP as it is needs no shots
-            axes.axhline(np.mean(line[0]), color="grey", ls=GREY_LINES[method], lw=1, label=method)
+            axes.axhline(
+                np.mean(line[0]), color="grey", ls=GREY_LINES.get(method, "-."), lw=1, label=method
+            )
             continue
         shots = sorted(line)
         mean, std = np.transpose([mean_std(line[s]) for s in shots])

@@ -54,7 +54,7 @@ def read_known(dataset, folder):
     paths = [path for part in PARTS for path, _ in lists[part]]
     known = set()
     for path in paths:
-        if path in known or re.match("/|(.*/)?[.][.]/", path):
+        if path in known or path[0] == "/" or ".." in path.split("/"):
             raise BadInput(f"{file} lists {path} twice, or it lies outside of the dataset")
         known.add(path)
     missing = [path for path in paths if not os.path.isfile(folder / path)]
@@ -119,7 +119,7 @@ def read_aircraft(folder, images):
     for part in PARTS:
         file = folder / f"images_variant_{part}.txt"
         pairs = [line.split(" ", 1) for line in read_lines(file)]  # image number, variant
-        unknown = [pair for pair in pairs if pair[-1] not in labels]
+        unknown = [pair for pair in pairs if len(pair) < 2 or pair[1] not in labels]
         if unknown:
             raise BadInput(f"{file}: {' '.join(unknown[0])!r} names no variant of variants.txt")
         lists[part] = [(f"{images}/{number}.jpg", labels[name]) for number, name in pairs]

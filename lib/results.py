@@ -239,6 +239,8 @@ def accuracies(runs):
                 differs = [other[k] for k in ("dataset", "classes") if other[k] != result[k]]
                 if differs:
                     column = " ".join(differs)
+                    if column == other["dataset"] in ("accuracy", "new"):  # of another column
+                        column += " images"
                     tested = {k: other.get(k) for k in ("class_names", "n_test")}
                     columns[column + names.number(column, tested)][seed] = other[key]
     return rows

@@ -14,7 +14,6 @@ one alone until all of its own are on disk.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -45,7 +44,7 @@ BY_CONTENT = {"dataset", "clip", "groups"}  # if they are paths, what is there c
 # What the files hold: {name: kind}, as in `lib.files.fits`.
 CLAIM = {"config": dict, "made_of": optional(str)}
 STATE = {
-    "config": dict, "made_of": str, "epoch": 2**31, "seconds": math.inf, "usage": [[1.0]],
+    "config": dict, "made_of": str, "epoch": 2**31, "seconds": 1e9, "usage": [[1.0]],
     "model": dict, "optimiser": dict, "order_rng": torch.Tensor, "torch_rng": torch.Tensor,
     "cuda_rng": optional(torch.Tensor),
 }
@@ -151,7 +150,9 @@ def check_same_run(folder, earlier, config, defaults):
     """Raises BadInput if a folder's run has another configuration. earlier: what it has saved."""
     for name in sorted(config.keys() - MACHINE):
         its_value = earlier["config"].get(name, defaults.get(name))
-        moved = name in BY_CONTENT and any(map(os.path.isabs, (its_value, config[name])))
+        moved = name in BY_CONTENT and any(
+            os.path.isabs(str(value)) for value in (its_value, config[name])
+        )
         if its_value != config[name] and not moved:
             raise BadInput(
                 f"{folder} holds a run with {name} {its_value} instead of {config[name]}:"
@@ -164,14 +165,16 @@ def check_content(folder, parts):
     can encode. Raises BadInput if the run that the folder holds was made of other parts."""
     made_of = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     claim, result = folder / "config.json", folder / "result.json"
-    saved = [read_json(claim, "run's claim", CLAIM)]
-    saved += [read_result(result)] if result.is_file() else []
+    # Another process with the same settings may have just finished and removed the claim.
+    claimed = read_json(claim, "run's claim", CLAIM) if claim.is_file() else {}
+    saved = [claimed, read_result(result)] if result.is_file() else [claimed]
     if any(earlier.get("made_of", made_of) != made_of for earlier in saved):
         raise BadInput(
             f"{folder} holds a run with other images, templates or CLIP weights:"
             " remove it or choose another --out"
         )
-    save_json(saved[0] | {"made_of": made_of}, claim)
+    if claimed:
+        save_json(claimed | {"made_of": made_of}, claim)
     return made_of
 
 
@@ -202,7 +205,7 @@ def restore(state, model, optimiser, order_rng):
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput("the state to resume from does not fit this run: remove it") from error
     return state["epoch"], state["seconds"], list(state["usage"])
 

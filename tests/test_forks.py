@@ -207,10 +207,14 @@ def start(name, words):
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_fork_runs_and_its_result_is_in_the_table(name, small, tmp_path, run_eval):
+def test_a_fork_runs_and_its_result_is_in_the_table(name, small, random_clip, tmp_path, run_eval):
     words = f"{small} --shots 1 {SHORT[name]} --out {tmp_path / 'run'}".split()
     result = start(name, words)
     assert start(name, words)["accuracy"] == result["accuracy"]
+    other = words + ["--clip", str(tmp_path / "clip.pt")]
+    torch.save({k: w * 1.01 for k, w in random_clip.state_dict().items()}, other[-1])
+    with pytest.raises(BadInput, match="holds a run with other images, templates or CLIP weights"):
+        start(name, other)
     assert json.loads((tmp_path / "run/result.json").read_text())["method"] == name
     if name == "pfedmoap":
         assert [len(result["clients"][kind]) for kind in pfedmoap.KINDS] == [4, 4, 4]
@@ -229,6 +233,7 @@ def test_a_fork_runs_and_its_result_is_in_the_table(name, small, tmp_path, run_e
         ("pfedmoap", "--clients 11", "must lie between --experts and the 10 classes"),
         ("pfedmoap", "--experts 11", "--clients 4 must lie between"),
         ("pfedmoap", "--width 48", "--width 48 must divide 64"),
+        ("pfedmoap", "--epochs 30 --lr 2e9 --attention-lr 2e9", "should be finite"),
         ("pfedmoap", "--resume", "unrecognized arguments: --resume"),
         ("dpl", "--dataset shapes --clip bundled --sentences ensemble", "never seen the word"),
         ("dpl", "--classes base", "unrecognized arguments"),
