@@ -95,10 +95,11 @@ def test_a_signal_that_is_ignored_stays_ignored(started_as, monkeypatch):
 
 
 @pytest.mark.parametrize("name, phase", [("SIGTERM", "imports"), ("SIGHUP", "training")])
-def test_a_signal_ends_a_program_with_one_line(name, phase, tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--out", tmp_path / "run", "--shots", "1"]
+def test_a_signal_ends_a_program_with_one_line(name, phase, small, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *small.split(), "--shots", "1"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*command, "--epochs", "9999"], cwd=tmp_path, **streams)
+    command += ["--epochs", "9999", "--out", tmp_path / "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, **streams)
     if phase == "imports":
         while not Path(f"/proc/{process.pid}/maps").read_text().count("libtorch"):
             time.sleep(0.01)
