@@ -159,7 +159,10 @@ def read_class_names(file, folders=()):
     longest_first = sorted(folders, key=len, reverse=True)
     known = "|".join(map(re.escape, longest_first)) or r"\S+"
     pairs = re.findall(rf"^\s*({known})(?!\S)[ \t]*(.*)", read_text(file), re.MULTILINE)
-    return {folder: " ".join(name.split()) for folder, name in pairs}
+    names = {folder: " ".join(name.split()) for folder, name in pairs}
+    if len(names) < len(pairs):
+        raise BadInput(f"{file} names a folder twice")
+    return names
 
 
 def names_of(classes, names, file):

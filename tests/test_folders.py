@@ -227,6 +227,7 @@ def test_a_file_gives_class_folders_their_names(tmp_path, capsys):
     for text, said in (
         ("n02085620 Chihuahua", "classnames.txt has no name for the folder n02085782"),
         ("n02085620\nn02085782", "no name for the folder n02085620"),
+        ("n02085620 Pug\nn02085620 Cat\nn02085782 Dog", "names a folder twice"),
         ("n02085620 Pug\nn02085782 pug", "the classes 'n02085620' and 'n02085782' apart"),
     ):
         file.write_text(text)
