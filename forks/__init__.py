@@ -56,16 +56,15 @@ def run(config, defaults, learn):
     with runs.open_run(folder, config, False, defaults):
         task = load_task(config, parallel.choose_device(config["device"]))
         split, features = task.split, task.features("test")
-        about = split.dataset, task.names, task.hard.features, config
-        untrained = zero_shot_and_ensemble(task.clip_model, *about).values()
+        inputs = split.dataset, task.names, task.hard.features, config
+        untrained = zero_shot_and_ensemble(task.clip_model, *inputs).values()
         before = [results.accuracy_on(model, split, "test", features) for model in untrained]
         print("before training: zero-shot {:.2f} %, ensemble {:.2f} %".format(*before))
         parts = [task.groups, task.fingerprint, task.names, content_of(split)]
-        made_of = runs.check_content(folder, parts)
+        about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
+        about["made_of"] = runs.check_content(folder, parts)
         began = time.time()
         measured, learned = learn(task)
-        about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
-        about["made_of"] = made_of
         label = {"label": runs.run_label(config["method"], changed), "changed_flags": changed}
         result = {key: config[key] for key in ("shots", "seed", "method", "clip")} | {
             "dataset": split.name,

@@ -1,6 +1,6 @@
 """Differentiable prompt learning: DPL (arXiv 2501.00457, IJCAI 2025).
 
-    python -m forks.dpl                                  # the built-in world, a few minutes
+    python -m forks.dpl                                  # the built-in world, some minutes
     python -m forks.dpl --dataset eurosat --shots 4
     python -m forks.dpl --search-epochs 20 --longest 4   # a shorter search
 

@@ -36,7 +36,7 @@ from lib.errors import BadInput, finite
 from lib.features import training_features
 from lib.results import accuracy, markdown
 from prompts import SoftPrompts
-from train import learning_rate, text_encoder_of
+from train import learning_rate, shuffled, text_encoder_of
 
 # fmt: off
 OWN = {
@@ -126,16 +126,15 @@ def train_client(model, experts, images, labels, own, rng):
     own: the indices of this client's. rng: draws the order of its images and their crops.
     """
     groups = [{"params": part.parameters()} for part in (model.prompts, model.attention)]
-    config, size = model.config, model.config["batch_size"]
+    config = model.config
     how = {"lr": config["attention_lr"], "momentum": 0.9, "weight_decay": 5e-4}
     optimiser = torch.optim.SGD(groups, **how)
     for epoch in range(config["epochs"]):
         # The prompt's rate: an epoch of warm-up, then the cosine. The attention's is constant.
         rate = learning_rate(config["lr"], epoch, config["epochs"], 1)
         optimiser.param_groups[0]["lr"] = rate
-        order = own[torch.randperm(len(own), generator=rng)]
+        batches = [own[batch] for batch in shuffled(len(own), config["batch_size"], rng)]
         views = torch.randint(images.n_views, (len(labels),), generator=rng)
-        batches = order.split(size)[: max(1, len(own) // size)]  # as in `train.fit`
         for batch, f in zip(batches, images.batches(batches, views, epoch)):
             loss = F.cross_entropy(model(f, experts), labels[batch.to(labels.device)])
             optimiser.zero_grad()

@@ -120,6 +120,12 @@ def test_every_other_task_has_a_column():
     assert base["accuracy"] == "80.0"  # not that of the evaluation on its own task
 
 
+@pytest.mark.parametrize("name", ["accuracy", "new"])
+def test_a_dataset_may_be_named_like_a_column(name):
+    row = row_of([run(classes="base", others=[(name, "base", 7.0)])])
+    assert (row["accuracy"], row[f"{name} images"]) == ("80.0", "7.0") and "H" not in row
+
+
 def test_runs_with_other_clips_are_in_other_rows():
     found = rows([run(), run(clip="RN50", accuracy=60.0)])
     accuracies = {row["CLIP"]: row["accuracy"] for row in found if "mocoop" in row["method"]}
