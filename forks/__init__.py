@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib import parallel, results, runs
 from lib.catalogue import row_of
-from lib.errors import exit_on_bad_input
+from lib.errors import BadInput, exit_on_bad_input
 from lib.features import content_of
 from lib.settings import defaults_of, given_settings
 from prompts import PromptError
@@ -48,40 +48,38 @@ def run(config, defaults, learn):
     """A run, from its configuration to `checkpoint.pt` and `result.json`. Returns its result.
 
     learn: a function of a `train.Task`. It returns a dictionary for `result.json`, which has at
-    least `accuracy` in percent, and a dictionary of tensors for the checkpoint. `train_seconds` is
-    its time.
+    least `accuracy` in percent, and the module that has learned. `train_seconds` is its time.
     """
-    parallel.check_alone()
+    if parallel.processes() > 1:
+        raise BadInput("a fork runs in one process: start it without torchrun")
     folder, changed = Path(config["out"]), runs.changed_settings(config, defaults)
     with runs.open_run(folder, config, False, defaults):
         task = load_task(config, parallel.choose_device(config["device"]))
-        split, features = task.split, task.features("test")
-        inputs = split.dataset, task.names, task.hard.features, config
-        untrained = zero_shot_and_ensemble(task.clip_model, *inputs).values()
-        before = [results.accuracy_on(model, split, "test", features) for model in untrained]
+        parts = [task.groups, task.fingerprint, task.names, content_of(task.split)]
+        made_of = runs.check_content(folder, parts)
+        results.announce(config, task.split, None)
+        features, inputs = task.features("test"), (task.split.dataset, task.names)
+        untrained = zero_shot_and_ensemble(task.clip_model, *inputs, task.hard.features, config)
+        before = [results.accuracy_on(m, task.split, "test", features) for m in untrained.values()]
         print("before training: zero-shot {:.2f} %, ensemble {:.2f} %".format(*before))
-        parts = [task.groups, task.fingerprint, task.names, content_of(split)]
-        about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
-        about["made_of"] = runs.check_content(folder, parts)
+
         began = time.time()
         measured, learned = learn(task)
-        label = {"label": runs.run_label(config["method"], changed), "changed_flags": changed}
-        result = {key: config[key] for key in ("shots", "seed", "method", "clip")} | {
-            "dataset": split.name,
-            "classes": "all",
+        about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
+        about |= {"class_names": task.names, "made_of": made_of}
+        result = results.about(config, changed, task.split, "all") | {
             "n_prompts": 0,
             "prompt_usage": {},
             "router": {"rows": [], "share": []},
-            "class_names": task.names,
-            "n_train": len(split.train),
-            "n_test": len(split.test),
-            "few_shot_samples": split.samples,
+            "n_train": len(task.split.train),
+            "few_shot_samples": task.split.samples,
             **dict(zip(("zero_shot_accuracy", "ensemble_accuracy"), before)),
             "train_seconds": round(time.time() - began, 2),
         }
-        result |= measured | label | about
-        checkpoint = {"class_names": task.names, "model": learned} | about
-        runs.publish(folder, checkpoint, result, defaults, lambda path: None)
+        result |= measured | about
+        runs.publish(
+            folder, about | {"model": learned.state_dict()}, result, defaults, lambda path: None
+        )
     return result
 
 

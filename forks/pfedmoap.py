@@ -25,18 +25,17 @@ features, d of them read by the attention, H heads, P numbers of a prompt.
 import lib.start  # noqa: F401  # isort: skip, before PyTorch
 
 import random
+from statistics import mean
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from forks import main
-from lib.errors import BadInput, finite
+from lib.errors import BadInput
 from lib.features import training_features
 from lib.results import accuracy, markdown
-from prompts import SoftPrompts
-from train import learning_rate, shuffled, text_encoder_of
+from train import MoCoOp, learning_rate, shuffled
 
 # fmt: off
 OWN = {
@@ -58,154 +57,134 @@ OWN = {
 # fmt: on
 WORLD = {"clients": 5, "experts": 3, "width": 32, "heads": 4}  # with 20 classes and 128 features
 KINDS = "local", "averaged", "pfedmoap"
-DEALT = 2023  # the authors' seed for the order of the classes, whatever --seed is
 
-# ----------------------------------------------------------------------------------- the mixture
-
-
-def pool(features, width):
-    """Every (D / d)-th component of features (..., D), not normalised again: (..., d)."""
-    return features[..., :: features.shape[-1] // width]
+# ------------------------------------------------------------------------------------- a client
 
 
-class Client(nn.Module):
-    """A client's prompt, and its attention from an image to the text features of experts."""
+class Client(MoCoOp):
+    """A client: its images, its prompt as in CoOp, and an attention that mixes in experts."""
 
-    def __init__(self, clip_model, class_names, config):
-        super().__init__()
-        how = config["init"], True, text_encoder_of(config)  # True: it ends with a full stop
-        self.prompts = SoftPrompts(clip_model, ["a photo of a {}."], class_names, *how)
-        layers = [nn.Linear(config["width"], config["width"]) for _ in range(4)]
-        self.attention = nn.ModuleList(layers)  # query, key, value, output
-        self.scale, self.config = clip_model.logit_scale.exp().item(), config
+    experts = None  # text features of other clients' prompts, (E - 1, C, D)
 
-    def forward(self, f, experts=None):
-        """f (B, D) -> class logits (B, C). experts: pooled text features of other prompts, (E - 1,
-        C, d); without any, this is CoOp."""
-        (own,) = self.prompts.text_features()  # (C, D)
-        logits = self.scale * f @ own.T
-        if experts is None:
-            return logits
-        c, (query, key, value, output) = self.config, self.attention
-        f, own = pool(f, c["width"]), pool(own, c["width"])
-        texts = torch.cat([own[None], experts])  # (E, C, d)
-        layers = (query, f), (key, texts), (value, texts)
-        q, k, v = (layer(x).unflatten(-1, (c["heads"], -1)) for layer, x in layers)
+    def __init__(self, task, images, classes):
+        """images: features (N, views, D) and labels (N,) of all clients' training images, and (N,
+        D) and (N,) of test images. classes: its own."""
+        c = task.config
+        torch.manual_seed(c["seed"])  # all clients start alike
+        super().__init__(task.clip_model, [["a photo of a {}."]], task.names, c)
+        # Query, key, value and output.
+        self.attention = nn.ModuleList(nn.Linear(c["width"], c["width"]) for _ in range(4))
+        own = ([x[torch.isin(y, classes.to(y))] for x in (f, y)] for f, y in images)
+        (self.f, self.labels), (self.test_f, self.test_labels) = own
+        self.to(self.f.device)
+
+    def forward(self, f, seen=slice(None), text_features=None):
+        """As `MoCoOp.forward`, with the mixture's logits (B, C)."""
+        outputs = super().forward(f, seen, text_features)
+        if self.experts is None:
+            return outputs
+        c, texts = self.config, torch.cat([outputs.text_features, self.experts])  # (E, C, D)
+        step = f.shape[1] // c["width"]  # between the components that are read
+        f, texts = f[:, ::step], texts[..., ::step]  # (B, d), (E, C, d), not normalised again
+        query, key, value, output = self.attention
+        q, k, v = (x.unflatten(-1, (c["heads"], -1)) for x in (query(f), key(texts), value(texts)))
         scores = c["scaling"] * torch.einsum("bhw,echw->bche", q, k)
         mixed = torch.einsum("bche,echw->bchw", scores.softmax(dim=-1), v)
         m = output(mixed.flatten(2))  # (B, C, d)
-        return c["own_weight"] * logits + self.scale * torch.einsum("bd,bcd->bc", f, m)
+        of_experts = self.logit_scale * torch.einsum("bd,bcd->bc", f, m)
+        return outputs._replace(logits=c["own_weight"] * outputs.logits + of_experts)
+
+    def learn(self):
+        """A round's training, of the prompt and, with experts, of the attention."""
+        c, f = self.config, self.f
+        parts = [{"params": part.parameters()} for part in (self.prompts, self.attention)]
+        optimiser = torch.optim.SGD(parts, lr=c["attention_lr"], momentum=0.9, weight_decay=5e-4)
+        for epoch in range(c["epochs"]):
+            # An epoch of warm-up, then the cosine. The attention's rate is constant.
+            optimiser.param_groups[0]["lr"] = learning_rate(c["lr"], epoch, c["epochs"], 1)
+            for batch in shuffled(len(f), c["batch_size"], None):
+                view = torch.randint(f.shape[1], batch.shape)
+                loss = F.cross_entropy(self(f[batch, view]).logits, self.labels[batch])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
 
 
-def choose_experts(client, prompts, n, choice, rng):
-    """The n clients whose prompts a client mixes with its own: the nearest by Euclidean distance,
-    or random ones. prompts: the last one of each client, (clients, P)."""
-    distance = (prompts - prompts[client]).norm(dim=1)
-    if choice == "random":
-        distance = torch.rand(len(prompts), generator=rng)
-    distance[client] = torch.inf
-    return distance.argsort()[:n]
+# ------------------------------------------------------------------------------- the federation
 
 
-# ---------------------------------------------------------------------------------- the training
-
-
-def deal(labels, n_classes, n_clients):
-    """The images of each client, as indices: the shuffled classes are cut into equal shares.
-    labels: (N,)."""
+def deal(n_classes, n_clients):
+    """The classes of each client: they are shuffled and cut into equal shares, with the authors'
+    seed whatever --seed is."""
     order = list(range(n_classes))
-    random.Random(DEALT).shuffle(order)
-    client_of = torch.tensor(order).argsort() * n_clients // n_classes  # (C,)
-    return [(client_of[labels.cpu()] == i).nonzero().flatten() for i in range(n_clients)]
+    random.Random(2023).shuffle(order)
+    return torch.tensor(order).tensor_split(n_clients)
 
 
-def train_client(model, experts, images, labels, own, rng):
-    """A client's part of a round: trains its prompt and, if it has experts, its attention.
-
-    images: the training images of all clients, `lib.features.CachedImages`. labels: theirs, (N,).
-    own: the indices of this client's. rng: draws the order of its images and their crops.
-    """
-    groups = [{"params": part.parameters()} for part in (model.prompts, model.attention)]
-    config = model.config
-    how = {"lr": config["attention_lr"], "momentum": 0.9, "weight_decay": 5e-4}
-    optimiser = torch.optim.SGD(groups, **how)
-    for epoch in range(config["epochs"]):
-        # The prompt's rate: an epoch of warm-up, then the cosine. The attention's is constant.
-        rate = learning_rate(config["lr"], epoch, config["epochs"], 1)
-        optimiser.param_groups[0]["lr"] = rate
-        batches = [own[batch] for batch in shuffled(len(own), config["batch_size"], rng)]
-        views = torch.randint(images.n_views, (len(labels),), generator=rng)
-        for batch, f in zip(batches, images.batches(batches, views, epoch)):
-            loss = F.cross_entropy(model(f, experts), labels[batch.to(labels.device)])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+def choose_experts(prompts, c):
+    """The clients whose prompts each client mixes with its own, (clients, E - 1): the nearest by
+    Euclidean distance, or random ones. prompts: the last one of each client, (clients, P)."""
+    distances = torch.cdist(prompts, prompts)
+    if c["choice"] == "random":
+        distances = torch.rand(distances.shape)
+    return distances.fill_diagonal_(torch.inf).argsort(dim=1)[:, : c["experts"] - 1]
 
 
-def federate(kind, model, images, labels, test):
-    """All rounds of one kind. Returns the accuracy in percent of each client on its own classes,
-    and what each has learned, (clients, P + parameters of the attention).
+@torch.no_grad()
+def share_average(clients):
+    """Gives every client the mean prompt, weighted by numbers of training images."""
+    sizes = [len(client.f) for client in clients]
+    for copies in zip(*(client.prompts.parameters() for client in clients)):
+        average = sum(n * p for n, p in zip(sizes, copies)) / sum(sizes)
+        for p in copies:
+            p.copy_(average)
 
-    model: a fresh `Client`. images, labels: as in `train_client`. test: features and labels of each
-    client's test images.
-    """
-    c, n, n_classes = model.config, model.config["clients"], len(model.prompts.class_names)
-    own, rng = deal(labels, n_classes, n), torch.Generator().manual_seed(c["seed"])
-    share = torch.tensor([len(indices) / len(labels) for indices in own], device=labels.device)
-    state = parameters_to_vector(model.parameters()).detach().repeat(n, 1)
-    prompt = slice(sum(p.numel() for p in model.prompts.parameters()))  # the part that is sent
 
-    def load(vector):
-        vector_to_parameters(vector.clone(), model.parameters())
-        return model
-
-    for number in range(1, c["rounds"] + 1):
-        begin, experts = state.clone(), n * [None]
-        if kind == "pfedmoap":
-            begin[:, prompt] = share @ state[:, prompt]  # the server's average
-        if kind == "pfedmoap" and number > 1:  # nothing is sent before the first round
+def federate(kind, clients):
+    """All rounds of one kind, of new clients. Returns the accuracy of each on its own classes."""
+    c = clients[0].config
+    for number in range(c["rounds"]):
+        if kind == "pfedmoap" and number:  # nothing is sent before the first round
             with torch.no_grad():
-                texts = torch.stack([load(v).prompts.text_features()[0] for v in state])
-            how = state[:, prompt], c["experts"] - 1, c["choice"], rng
-            experts = [pool(texts[choose_experts(i, *how)], c["width"]) for i in range(n)]
-        for i in range(n):
-            train_client(load(begin[i]), experts[i], images, labels, own[i], rng)
-            state[i] = finite(parameters_to_vector(model.parameters()).detach(), "the parameters")
+                prompts = torch.stack([client.prompts.context() for client in clients])
+                texts = torch.cat([client.text_features() for client in clients])
+            for client, chosen in zip(clients, choose_experts(prompts.flatten(1), c)):
+                client.experts = texts[chosen]
+            share_average(clients)
+        for client in clients:
+            client.learn()
         if kind == "averaged":
-            state[:, prompt] = share @ state[:, prompt]
-        with torch.no_grad():
-            answers = [load(v)(f, e).argmax(-1) for v, (f, _), e in zip(state, test, experts)]
-        percents = [accuracy(answer, y.cpu()) for answer, (_, y) in zip(answers, test)]
-        print(f"{kind:8}  round {number:3d}/{c['rounds']}  {mean(percents):.2f} %", flush=True)
-    return percents, state
-
-
-def mean(percents):
-    return round(sum(percents) / len(percents), 2)
+            share_average(clients)
+        percents = []
+        for client in clients:
+            logits, _ = client.logits(client.test_f)
+            percents.append(accuracy(logits.argmax(dim=-1), client.test_labels.cpu()))
+        print(f"{kind:8}  round {number + 1:3d}/{c['rounds']}  {mean(percents):.2f} %", flush=True)
+    return percents
 
 
 def learn(task):
     """Trains all kinds on the same images, and prints the accuracy of each client. Returns what
     `forks.run` expects."""
-    c, f, labels = task.config, task.features("test"), task.labels("test")
-    n, width, n_classes = c["clients"], c["width"], len(task.names)
+    c, n_classes, f = task.config, len(task.names), task.features("test")
+    n, width = c["clients"], c["width"]
     if not c["experts"] <= n <= n_classes:
         raise BadInput(f"--clients {n} must lie between --experts and the {n_classes} classes")
     if f.shape[1] % width or width % c["heads"]:
         raise BadInput(f"--width {width} must divide {f.shape[1]}, and --heads must divide it")
-    test = [(f[i], labels[i]) for i in deal(labels, n_classes, n)]
-    clip = task.clip_model, task.fingerprint
-    images = training_features(*clip, task.split, c["views"], live=False)
-    percents, learned = {}, {}
+    train = training_features(
+        task.clip_model, task.fingerprint, task.split, c["views"], live=False
+    ).features
+    images = (train, task.labels("train")), (f, task.labels("test"))
+    percents = {}
     for kind in KINDS:
-        torch.manual_seed(c["seed"])
-        model = Client(task.clip_model, task.names, c).to(f.device)
-        percents[kind], learned[kind] = federate(kind, model, images, task.labels("train"), test)
-    clients = [[i, *of] for i, of in enumerate(zip(*percents.values()))]
-    means = [mean(of) for of in percents.values()]
-    print(markdown([["client", *percents], *clients, ["mean", *means]]))
+        clients = [Client(task, images, classes) for classes in deal(n_classes, n)]
+        percents[kind] = federate(kind, clients)
+    rows = [[kind, *of_kind, round(mean(of_kind), 2)] for kind, of_kind in percents.items()]
+    print(markdown([["client", *range(n), "mean"], *rows]))
     classes = f"all, by {n} clients"  # so that tables keep it apart from other runs on all classes
-    return {"classes": classes, "accuracy": means[-1], "clients": percents}, learned
+    measured = {"classes": classes, "accuracy": rows[-1][-1], "clients": percents}
+    return measured, nn.ModuleList(clients)
 
 
 if __name__ == "__main__":

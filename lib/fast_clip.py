@@ -92,28 +92,23 @@ def blocks_of(transformer, dtype):
 def encode_images(clip_model, pixels, dtype):
     """Image features, not normalised, of preprocessed images: (B, 3, H, W) -> (B, D).
 
-    A vision transformer is computed here, a ResNet by `clip`. Only the class token is read at the
-    end, so the last block computes keys and values at all positions and everything else for this
-    token only. dtype: of the matrix products in the blocks.
+    CLIP's vision transformer is computed here, a ResNet or a changed attention by `clip`. Only the
+    class token is read at the end, so the last block computes keys and values at all positions and
+    everything else for this token only. dtype: of the matrix products in the blocks.
     """
     visual = clip_model.visual
-    if not hasattr(visual, "transformer"):
+    blocks = visual.transformer.resblocks if hasattr(visual, "transformer") else []
+    if not blocks or any(type(block.attn) is not torch.nn.MultiheadAttention for block in blocks):
         with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
             return visual(pixels).float()
-    x = image_tokens(visual, pixels)
+    patches = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, L - 1, W)
+    token = visual.class_embedding.expand(len(pixels), 1, -1)
+    x = torch.cat([token, patches], dim=1) + visual.positional_embedding  # (B, L, W)
+    if hasattr(visual, "prompts"):  # learned tokens, see `lib.features.learnable_part`
+        x = torch.cat([x, visual.prompts.expand(len(x), -1, -1)], dim=1)
+    x = visual.ln_pre(x)
     *blocks, last = blocks_of(visual.transformer, dtype)
     for block in blocks:
         attended = block.attend(*block.queries_keys_values(x).chunk(3, dim=-1))
         x = block.after_attention(x, attended)
     return visual.ln_post(last.first_positions(x)) @ visual.proj
-
-
-def image_tokens(visual, pixels):
-    """What the first block of a vision transformer reads: (B, 3, H, W) -> (B, L, W), the class
-    token first."""
-    patches = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, L - 1, W)
-    token = visual.class_embedding.expand(len(pixels), 1, -1)
-    x = torch.cat([token, patches], dim=1) + visual.positional_embedding
-    if hasattr(visual, "prompts"):  # learned tokens, see `lib.features.learnable_part`
-        x = torch.cat([x, visual.prompts.expand(len(x), -1, -1)], dim=1)
-    return visual.ln_pre(x)

@@ -54,12 +54,6 @@ def processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_alone():
-    """Raises BadInput under torchrun, for a program that does not split its work."""
-    if processes() > 1:
-        raise BadInput("this program runs in one process: start it without torchrun")
-
-
 def rank():
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0

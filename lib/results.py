@@ -116,13 +116,9 @@ def print_epoch(epoch, model, lr, history, used):
     return [round(s, 4) for s in share]
 
 
-def evaluate_model(model, config, changed, split, classes, features):
-    """Evaluates a model on the test images of a split: (the part for `result.json`, class logits
-    (N, C), prompt weights (N, G)). changed: settings not at their default. features: (N, D)."""
-    logits, weights = model.logits(features, split.class_names)
-    predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
-    labels = split.labels(split.test)
-    result = {
+def about(config, changed, split, classes):
+    """What was trained and tested, for `result.json`. changed: settings not at their default."""
+    return {
         "dataset": split.name,
         "classes": classes,
         "shots": config["shots"],
@@ -131,12 +127,22 @@ def evaluate_model(model, config, changed, split, classes, features):
         "label": run_label(config["method"], changed),
         "changed_flags": changed,
         "clip": config["clip"],
-        "n_prompts": len(model.templates),
-        "top_k": model.top_k,
         "n_classes": len(split.class_names),
         "n_test": len(split.test),
         "class_names": split.class_names,
         "split": split.source,
+    }
+
+
+def evaluate_model(model, config, changed, split, classes, features):
+    """Evaluates a model on the test images of a split: (the part for `result.json`, class logits
+    (N, C), prompt weights (N, G)). changed: settings not at their default. features: (N, D)."""
+    logits, weights = model.logits(features, split.class_names)
+    predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
+    labels = split.labels(split.test)
+    result = about(config, changed, split, classes) | {
+        "n_prompts": len(model.templates),
+        "top_k": model.top_k,
         "accuracy": accuracy(predictions, labels),
         "macro_f1": macro_f1(predictions, labels, len(split.class_names)),
         "per_class_accuracy": per_class_accuracy(predictions, labels, split.class_names),
