@@ -1,7 +1,6 @@
 """The forks: their papers' own numbers, two rounds and two steps in plain PyTorch, whole runs."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,7 @@ from test_golden import clip_of, close, load
 import forks
 from forks import dpl, pfedmoap
 from lib.errors import BadInput
-from lib.fast_clip import encode_images
-from lib.features import pixel_batches
+from lib.features import LiveImages, pixel_batches
 from lib.results import accuracy
 from prompts import PromptError, hard_sentences
 from train import default_config, fit, load_task
@@ -39,14 +37,12 @@ def test_a_client_of_pfedmoap_is_the_authors(golden_clip):
     f, labels = torch.tensor(golden["image_features"]), torch.tensor(golden["labels"])
     task = task_of(pfedmoap, golden_clip, meta["class_names"], **changes)
     model = pfedmoap.Client(task, 2 * [(f, labels)], labels)
-    (vectors,) = [p for p in model.prompts.parameters() if p.numel()]
+    vectors = model.prompts.context_before[0]
     experts = []
     for context in torch.tensor(golden["nonlocal_contexts"]):
         vectors.data = context
         experts.append(model.text_features().detach())
     model.experts = torch.cat(experts)
-    pooled = model.experts[..., :: model.experts.shape[-1] // changes["width"]]
-    close(pooled, golden["nonlocal_text_features_pooled"])
     vectors.data = torch.tensor(golden["local_context"])
     layers = [
         (f"W_{q}.{part}", getattr(of, part))
@@ -87,12 +83,11 @@ def test_dpl_is_the_authors(stage, golden_clip):
 
     blocks = zip(model.attentions.values(), ("text", "text", "image", "image"), (0, 1, 0, 1))
     for attention, *where in (blocks := list(blocks)):
-        assert attention.vectors.shape == stored("context", *where).shape
         attention.vectors.data = torch.tensor(stored("context", *where))
         if stage == "search":
             attention.alpha.data = torch.tensor(golden[f"search/{where[0]}_alpha"][where[1]])
     pixels = torch.tensor(load("eurosat_base")[0]["images"])
-    f = F.normalize(encode_images(task.clip_model, pixels, torch.float32), dim=-1)
+    f = LiveImages(task.clip_model, None).encode(pixels)
     outputs = model(f)
     loss = F.cross_entropy(outputs.logits, torch.tensor(golden["labels"]))
     loss.backward()
@@ -107,6 +102,15 @@ def test_dpl_is_the_authors(stage, golden_clip):
             close(attention.alpha.grad, golden[f"search/{where[0]}_alpha_grad"][where[1]])
 
 
+def test_an_ensemble_is_the_mean_of_embeddings_and_ends_as_its_last_template(random_clip):
+    a, b = hard_sentences(random_clip, ["a photo of a {}.", "{}."], ["cat"])
+    models = [dpl.DeepPrompts(task_of(dpl, random_clip, ["cat"]), of) for of in ([a], [b], [a, b])]
+    long, short, both = (model.words for model in models)
+    n = len(short)
+    assert torch.allclose(2 * both[:n], long[:n] + short)
+    assert models[2].ends == [n - 1]
+
+
 # ------------------------------------------------------------------------- in plain PyTorch
 
 
@@ -116,13 +120,11 @@ def test_two_rounds_of_two_clients_are_those_of_plain_pytorch(random_clip):
     changes = {"experts": 2, "width": 16, "heads": 2, "rounds": 2, "epochs": 1, "batch_size": 2}
     task = task_of(pfedmoap, random_clip, ["cat", "dog", "fox"], lr=0.1, **changes)
     f, y, dealt = unit(9, 2, 64), torch.arange(9) % 3, pfedmoap.deal(3, 2)
-    assert sorted(torch.cat(dealt).tolist()) == [0, 1, 2] and len(dealt[0]) == 2
     images = (f, y), (f[:, 0], y)
-    clients, expected = ([pfedmoap.Client(task, images, of) for of in dealt] for _ in range(2))
-    state = torch.get_rng_state()
+    clients = [pfedmoap.Client(task, images, of_client) for of_client in dealt]
     percents = pfedmoap.federate("pfedmoap", clients)
 
-    torch.set_rng_state(state)
+    expected = [pfedmoap.Client(task, images, of_client) for of_client in dealt]  # seeds again
     for number in (1, 2):
         texts = [m.text_features().detach() for m in expected]
         mean = sum(m.prompts.context_before[0].data * len(m.f) / 9 for m in expected)
@@ -140,7 +142,7 @@ def test_two_rounds_of_two_clients_are_those_of_plain_pytorch(random_clip):
                 optimiser.step()
     for ours, plain, percent in zip(clients, expected, percents):
         for p, q in zip(ours.parameters(), plain.parameters()):
-            assert not p.numel() or (p - q).abs().max() < 1e-4 * q.abs().max()
+            close(p, q.detach().numpy())
         assert accuracy(plain(plain.test_f).logits.argmax(-1), plain.test_labels) == percent
 
 
@@ -148,8 +150,8 @@ def test_experts_are_the_nearest_or_drawn():
     prompts, c = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), {"choice": "nearest", "experts": 3}
     assert pfedmoap.choose_experts(prompts, c).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
     c["choice"] = "random"
-    drawn = [pfedmoap.choose_experts(prompts, c)[3].sort().values.tolist() for _ in range(50)]
-    assert {tuple(pair) for pair in drawn} == {(0, 1), (0, 2), (1, 2)}
+    drawn = {tuple(sorted(pfedmoap.choose_experts(prompts, c)[3].tolist())) for _ in range(50)}
+    assert drawn == {(0, 1), (0, 2), (1, 2)}
 
 
 def test_two_steps_of_the_search_are_those_of_plain_pytorch(small):
@@ -166,19 +168,19 @@ def test_two_steps_of_the_search_are_those_of_plain_pytorch(small):
     drawn = [torch.randperm(10) for _ in batches]
     (clip_model,), blocks = other.prompts.frozen, other.attentions.values()
     adam = torch.optim.Adam([block.alpha for block in blocks], 0.3, betas=(0.5, 0.999))
-    sgd = [block.vectors for block in blocks]
-    sgd = torch.optim.SGD(sgd, 0.5, momentum=0.9, weight_decay=5e-4)
+    vectors = [block.vectors for block in blocks]
+    sgd = torch.optim.SGD(vectors, 0.5, momentum=0.9, weight_decay=5e-4)
     for batch, val_batch in zip(batches, drawn):
         steps = (adam, "val", val_batch, None), (sgd, "train", batch, 0)
         for optimiser, part, indices, view in steps:
             (x,) = pixel_batches(clip_model, task.split, part, [indices], view)
-            f = F.normalize(encode_images(clip_model, x, torch.float32), dim=-1)
+            f = LiveImages(clip_model, None).encode(x)
             optimiser.zero_grad()
             F.cross_entropy(other(f).logits, task.labels(part)[indices]).backward()
             optimiser.step()
     for ours, plain in zip(model.attentions.values(), other.attentions.values()):
         for p, q in ((ours.vectors, plain.vectors), (ours.alpha, plain.alpha)):
-            assert (p - q).abs().max() < 1e-4 * q.abs().max()
+            close(p, q.detach().numpy())
 
 
 # ------------------------------------------------------------------------------- whole runs
@@ -204,12 +206,8 @@ def test_a_fork_runs_and_its_result_is_in_the_table(name, small, random_clip, tm
     torch.save({k: w * 1.01 for k, w in random_clip.state_dict().items()}, other[-1])
     with pytest.raises(BadInput, match="holds a run with other images, templates or CLIP weights"):
         start(name, other)
-    assert json.loads((tmp_path / "run/result.json").read_text())["method"] == name
     if name == "pfedmoap":
-        assert [len(result["clients"][kind]) for kind in pfedmoap.KINDS] == [4, 4, 4]
         assert result["accuracy"] == round(sum(result["clients"][name]) / 4, 2)
-    else:
-        assert len(result["lengths"]) == 4
     status, lines, errors = run_eval("--table", tmp_path)
     assert status == 0 and not errors and any(name in line for line in lines)
     status, _, (error,) = run_eval(tmp_path / "run")
@@ -225,7 +223,6 @@ def test_a_fork_runs_and_its_result_is_in_the_table(name, small, random_clip, tm
         ("pfedmoap", "--epochs 30 --lr 2e9 --attention-lr 2e9", "should be finite"),
         ("pfedmoap", "--resume", "unrecognized arguments: --resume"),
         ("dpl", "--dataset shapes --clip bundled --sentences ensemble", "never seen the word"),
-        ("dpl", "--classes base", "unrecognized arguments"),
     ],
 )
 def test_what_a_fork_cannot_do_is_said(
