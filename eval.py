@@ -117,7 +117,7 @@ def load_run(folder, clip=None, device=None):
     file = folder / "checkpoint.pt"
     stored = read_torch_file(file, "checkpoint of a run", CHECKPOINT)
     if (method := str(stored["config"].get("method"))) not in METHODS:
-        raise BadInput(f"{folder} is a run of {method}, which only its own program can load")
+        raise BadInput(f"{folder} is a run of {method}, which eval.py cannot load")
     names, groups, fingerprint = (stored[k] for k in ("class_names", "groups", "clip_fingerprint"))
     # Settings that were added after the run was made get their defaults.
     words = as_words(stored["config"] | {"help": None})

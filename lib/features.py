@@ -371,6 +371,7 @@ def training_features(clip_model, fingerprint, split, n_views, live):
     n_views: stored crops per image. Drawn images are never cropped.
     """
     if live:
+        print("the image encoder learns, too: images are encoded in every step")
         return LiveImages(clip_model, split)
     n_views = None if split.folder is None else n_views
     what = "training images"
@@ -400,7 +401,6 @@ class LiveImages:
     n_views = 1
 
     def __init__(self, clip_model, split):
-        print("the image encoder learns, too: images are encoded in every step")
         self.clip_model, self.split = clip_model, split
         self.dtype = parallel.mixed_dtype(clip_model.logit_scale.device)
 
