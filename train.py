@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Split, class_slice, few_shot_split, full_dataset
-from lib import parallel, results, runs
+from lib import parallel, pictures, results, runs
 from lib.baselines import ClassVectors, fit_probe, group_templates
 from lib.catalogue import DATASETS, all_templates, named_groups, row_of
 from lib.clip_model import load_clip
@@ -39,7 +39,6 @@ from lib.errors import BadInput, exit_on_bad_input, finite
 from lib.fast_text import FastTextEncoder
 from lib.features import attach, content_of, image_features, learnable_part, training_features
 from lib.files import full_path
-from lib.pictures import router_picture
 from lib.settings import as_words, dashed, defaults_of, given_settings
 from losses import TEXT_LOSSES, gate_loss, image_loss
 from prompts import HardText, PromptError, SoftPrompts, TextEncoder, hard_text, template_features
@@ -447,7 +446,7 @@ def run_in(folder, config, defaults, state, device):
         "clip_fingerprint": task.fingerprint,
         "model": model.state_dict(),
     }
-    runs.publish(folder, checkpoint, result, defaults, partial(router_picture, result))
+    runs.publish(folder, checkpoint, result, defaults, partial(pictures.router_picture, result))
     return result
 
 

@@ -64,9 +64,16 @@ def load_clip(name, device):
             raise ValueError("it has a vocabulary of its own")
         if "visual.proj" in state and len(state["visual.proj"]) > 1024:  # OpenAI has none
             raise ValueError("its vision transformer is wider than 1,024: its heads are unknown")
-        clip_model = build_model(dict(state)).float()  # it rounds to fp16 on the way, so ...
-        weights = {k: v.detach().float() for k, v in state.items() if k in clip_model.state_dict()}
-        clip_model.load_state_dict(weights)  # ... put the exact values back
+        # Built without memory, because clip would draw random weights first and round the file's to
+        # fp16. Only the attention's mask is not among the weights.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this loads nothing
+            clip_model = build_model(dict(state))
+        names = clip_model.state_dict()
+        weights = {k: v.detach().float() for k, v in state.items() if k in names}
+        clip_model.load_state_dict(weights, assign=True)
+        for block in clip_model.transformer.resblocks:
+            block.attn_mask = clip_model.build_attention_mask()
     except Exception as error:  # another model's weights may raise anything
         if out_of_memory(error):
             raise
