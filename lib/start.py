@@ -6,6 +6,8 @@ may grant less time than the machine has cores. A variable of OpenMP or MKL that
 and then nothing is changed here.
 """
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -54,3 +56,7 @@ if program.stem in ("train", "eval") or program.parent.name in ("tools", "forks"
     for number in SIGNALS:  # one that is ignored, as by nohup, stays so
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
+    # Importing makes a million objects, and looking for garbage among them takes a second at the
+    # start and another at the end.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
