@@ -24,9 +24,8 @@ the text encoder's as `_img`, so training from these names swaps the lengths; he
 swapped. Its ensemble averages 60 of CLIP's templates; here they are the catalogue's for ImageNet.
 As there, the mean sentence ends where the last template does: here, "a photo of a {}."
 
-Dimensions: B images, C classes, T templates, N sentences or images, L tokens, n context vectors of
-a block, M the largest n, K candidates, V vectors of all candidates, W width of an encoder, H heads,
-D features.
+Dimensions: C classes, N sentences or images, L tokens, n context vectors of a block, M the largest
+n, K candidates, V vectors of all candidates, W width of an encoder, H heads, D features.
 """
 
 import lib.start  # noqa: F401  # isort: skip, before PyTorch
@@ -59,7 +58,7 @@ OWN = {
         "ImageNet's templates, or 'a photo of a {}.', as in the search"),
 }
 # fmt: on
-# The bundled CLIP does not know all words of the ensemble.
+# The bundled CLIP does not know all words of the ensemble; ten epochs take two minutes.
 WORLD = {"sentences": "default", "search_epochs": 10}
 DEFAULT = ["a photo of a {}."]
 

@@ -8,7 +8,7 @@ Clients hold images of different classes and may not show them to each other. Ea
 prompt, as in CoOp, and sends only its vectors, tens of kilobytes. A client downloads the prompts of
 others as fixed *experts*, and learns an attention that mixes their text features with its own:
 
-    own prompt (learned)    -> t (C, D) -> f . t ------------------------------------+-> logits
+    own prompt (learned)     -> t (C, D) -> f . t -----------------------------------+-> logits
     experts' prompts (fixed) -> t (E - 1, C, D) -> attention (learned) -> m -> f . m -+   (B, C)
 
 For comparison, the same prompts are also trained without experts: `local`, where every client stays

@@ -1,4 +1,4 @@
-"""Imported first by every program, before PyTorch: its threads, and what ends the program.
+"""Imported first by every program, before PyTorch: its threads, and how it starts and ends.
 
 Waiting threads of OpenMP spin: on a busy machine they hold the cores that the others need, and a
 run takes ten times as long. GOMP_SPINCOUNT bounds that (docs/SPEED.md has the times). A container
@@ -56,7 +56,7 @@ if program.stem in ("train", "eval") or program.parent.name in ("tools", "forks"
     for number in SIGNALS:  # one that is ignored, as by nohup, stays so
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
-    # Importing makes a million objects, and looking for garbage among them takes a second at the
-    # start and another at the end.
+    # Imports leave 400,000 objects. Looking for garbage among them takes a second at the start and
+    # most of another at the end.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
