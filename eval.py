@@ -222,7 +222,8 @@ def measure(run, split, classes, own, changed, clip=None):
         features = image_features(
             run.clip_model, run.fingerprint, split, split.test, what=what, **how
         )
-    measured, *answer = results.evaluate_model(model, config, changed, split, classes, features)
+    measured, *answer = results.evaluate_model(model, split, features)
+    measured |= results.about(config, changed, split, classes)
     measured["zero_shot_accuracy"], measured["ensemble_accuracy"] = accuracies
     return measured, *answer
 

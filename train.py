@@ -424,8 +424,9 @@ def run_in(folder, config, defaults, state, device):
 
     # Its results.
     changed = runs.changed_settings(config, defaults)
-    measured, *_ = results.evaluate_model(model, config, changed, split, config["classes"], test)
-    result = measured | {
+    measured, *_ = results.evaluate_model(model, split, test)
+    result = results.about(config, changed, split, config["classes"]) | measured
+    result |= {
         "n_train": len(split.train),
         "few_shot_samples": split.samples,
         "zero_shot_accuracy": zero_shot,

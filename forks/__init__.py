@@ -67,8 +67,7 @@ def run(config, defaults, learn):
         measured, learned = learn(task)
         about = {"groups": task.groups, "clip_fingerprint": task.fingerprint, "config": config}
         about |= {"class_names": task.names, "made_of": made_of}
-        named = results.about(config, changed, task.split, "all")
-        result = named | {
+        result = results.about(config, changed, task.split, "all") | {
             "n_prompts": 0,
             "prompt_usage": {},
             "router": {"rows": [], "share": []},
@@ -77,7 +76,7 @@ def run(config, defaults, learn):
             **dict(zip(("zero_shot_accuracy", "ensemble_accuracy"), before)),
             "train_seconds": round(time.time() - began, 2),
         }
-        result |= measured | about | {k: named[k] for k in ("label", "changed_flags")}
+        result |= measured | about
         runs.publish(
             folder, about | {"model": learned.state_dict()}, result, defaults, lambda path: None
         )

@@ -185,7 +185,7 @@ def learn(task):
     model = DeepPrompts(task, sentences, found)
     fit(model, LiveImages(clip_model, split), labels, None)
     f = task.features("test", cached=False)
-    return results.evaluate_model(model, c, {}, split, "all", f)[0] | {"lengths": found}, model
+    return results.evaluate_model(model, split, f)[0] | {"lengths": found}, model
 
 
 if __name__ == "__main__":

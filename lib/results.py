@@ -134,13 +134,13 @@ def about(config, changed, split, classes):
     }
 
 
-def evaluate_model(model, config, changed, split, classes, features):
-    """Evaluates a model on the test images of a split: (the part for `result.json`, class logits
-    (N, C), prompt weights (N, G)). changed: settings not at their default. features: (N, D)."""
+def evaluate_model(model, split, features):
+    """Evaluates a model on the test images of a split: (numbers for `result.json`, class logits (N,
+    C), prompt weights (N, G)). features: (N, D)."""
     logits, weights = model.logits(features, split.class_names)
     predictions, weights = logits.argmax(dim=-1).cpu(), weights.cpu()
     labels = split.labels(split.test)
-    result = about(config, changed, split, classes) | {
+    result = {
         "n_prompts": len(model.templates),
         "top_k": model.top_k,
         "accuracy": accuracy(predictions, labels),
